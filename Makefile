@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 train: $(READY)
-	@$(BIN)/vt_drloc_demo
+	@env -u OMP_NUM_THREADS $(BIN)/vt_drloc_demo
 
 # One after the other, also under make -j, so that the first failure is the last thing said
 test: $(READY)
@@ -44,7 +44,7 @@ test-nbs: $(READY)
 
 test-py: $(READY)
 	@echo "== 4/4 pytest"
-	@$(BIN)/python -m pytest tests/
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/
 
 docs: $(READY)
 	@$(BIN)/python tools/site.py docs

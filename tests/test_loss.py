@@ -232,6 +232,11 @@ def test_seed_leaves_the_global_state_alone():
     DrlocLoss(8)
     assert not torch.equal(torch.get_rng_state(), before)
 
+def test_seed_leaves_the_devices_alone(monkeypatch):
+    "torch.manual_seed would reseed every GPU as well, where nothing restores them"
+    monkeypatch.setattr(torch, 'manual_seed', lambda s: pytest.fail('reseeds all devices'))
+    DrlocLoss(8, seed=0)
+
 def test_attributes_and_shapes():
     loss = DrlocLoss(8, m=5, hidden=16, reduction='sum')
     assert (loss.m, loss.reduction, loss.mlp.dim) == (5, 'sum', 8)

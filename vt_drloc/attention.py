@@ -26,7 +26,7 @@ def attend(
     if bias is not None: sim = sim + bias
     return sim.softmax(-1) @ v
 
-# %% ../nbs/02_attention.ipynb #25af9420
+# %% ../nbs/02_attention.ipynb #0e19d68c
 class Attention(nn.Module):
     "Multi-head self-attention: (B, N, D) -> (B, N, D)"
     def __init__(self,
@@ -42,7 +42,8 @@ class Attention(nn.Module):
 
     def split(self, x):
         "Queries, keys and values: (B, N, D) -> three of (B, heads, N, D/heads), each contiguous"
-        return rearrange(self.qkv(x), 'b n (three h d) -> three b h n d', three=3, h=self.heads).contiguous().unbind(0)
+        qkv = rearrange(self.qkv(x), 'b n (three h d) -> three b h n d', three=3, h=self.heads)
+        return qkv.contiguous().unbind(0)
 
     def forward(self, x):
         q,key,v = self.split(x)
@@ -62,7 +63,7 @@ class LearnedPos(nn.Module):
 
     def forward(self, x): return x + self.pos
 
-# %% ../nbs/02_attention.ipynb #c2247d91
+# %% ../nbs/02_attention.ipynb #30e18e7a
 def sincos_2d(
     h:int, # Rows
     w:int, # Columns
@@ -73,7 +74,8 @@ def sincos_2d(
     if dim%4: raise ValueError(f"dim {dim} must be a multiple of 4: sine and cosine, for rows and for columns")
     freq = temperature ** -(torch.arange(dim//4)/(dim//4))
     row,col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
-    return torch.cat([f(p.flatten()[:,None]*freq) for p in (row,col) for f in (torch.sin,torch.cos)], 1)
+    waves = [f(p.flatten()[:,None]*freq) for p in (row,col) for f in (torch.sin,torch.cos)]
+    return torch.cat(waves, 1)
 
 # %% ../nbs/02_attention.ipynb #19aacf69
 class RelativeBias(nn.Module):

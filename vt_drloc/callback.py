@@ -11,7 +11,8 @@ __all__ = ['GridNotCapturedError', 'GridTap', 'DrlocCallback', 'NonFiniteLossErr
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import MethodType
-import copy, torch
+from copy import deepcopy
+import torch
 from torch import nn
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
@@ -98,7 +99,7 @@ class DrlocCallback(Callback):
 
     def __deepcopy__(self, memo):
         new = memo[id(self)] = Callback.__new__(type(self))
-        vars(new).update(copy.deepcopy(vars(self), memo))
+        vars(new).update(deepcopy(vars(self), memo))
         return new
 
 # %% ../nbs/07_callback.ipynb #039ba4f0
@@ -233,7 +234,7 @@ def before_fit(self:DrlocCallback):
         raise ValueError("two DrlocCallbacks in one Learner; keep one: learn.remove_cb(DrlocCallback) removes those it has")
     tap = undo.enter_context(GridTap(learn.model, self.where))
     if self.tapped not in (None, tap.adapter.model): self.load_state_dict(None)
-    if learn._grab_cbs(LRFinder): undo.callback(self.load_state_dict, copy.deepcopy(self.state_dict()))
+    if learn._grab_cbs(LRFinder): undo.callback(self.load_state_dict, deepcopy(self.state_dict()))
     self.tap,self.tapped,self.steps,self.lam = tap,tap.adapter.model,0,self.weight(0.)
     undo.callback(self._leave)
     undo.callback(setattr, learn, 'metrics', learn.metrics)

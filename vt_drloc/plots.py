@@ -32,7 +32,7 @@ def set_style():
     "White paper, dark ink, at least 9-point letters, the palette's colours in order"
     plt.rcParams.update({
         'figure.facecolor':_paper, 'axes.facecolor':_paper, 'savefig.facecolor':_paper, 'figure.dpi':100, 'savefig.dpi':100,
-        'figure.figsize':(7,3), 'figure.constrained_layout.use':True, 'savefig.bbox':'tight', 'savefig.pad_inches':0.12,
+        'figure.figsize':(6,2.8), 'figure.constrained_layout.use':True, 'savefig.bbox':'tight', 'savefig.pad_inches':0.12,
         'font.size':10, 'axes.titlesize':11, 'axes.labelsize':10, 'xtick.labelsize':9, 'ytick.labelsize':9, 'legend.fontsize':9,
         'text.color':_ink, 'axes.labelcolor':_ink, 'axes.edgecolor':_ink, 'xtick.color':_ink, 'ytick.color':_ink,
         'axes.spines.top':False, 'axes.spines.right':False, 'axes.grid':False, 'legend.frameon':False, 'lines.linewidth':2,
@@ -174,7 +174,7 @@ def show_heat(
     "Heat maps of the predicted offsets from one cell over the true ones"
     maps = _field(pred, h, w, 'pred'), _field(true, h, w, 'true')
     fig,axs = plt.subplot_mosaic([['img','p0','p1'],['img','t0','t1']] if image is not None else [['p0','p1'],['t0','t1']],
-        figsize=(7,3.7) if image is not None else (4.6,4), width_ratios=[1.45,1,1] if image is not None else None)
+        figsize=(6,3.3) if image is not None else (4.6,4), width_ratios=[1.45,1,1] if image is not None else None)
     if image is not None:
         img = _hwc(image)
         _cell(show_grid(img, h, w, axs['img']), query, img.shape[0]/h, img.shape[1]/w, PALETTE['orange'])
@@ -198,7 +198,7 @@ def show_reach(
     masks = [np.asarray(m.detach().cpu() if isinstance(m, torch.Tensor) else m).astype(bool) for m in masks]
     if len(masks)!=len(titles): raise ValueError(f"{len(masks)} masks and {len(titles)} titles: one title a mask")
     n = min(4, len(masks)); rows = math.ceil(len(masks)/n)
-    fig,axs = plt.subplots(rows, n, figsize=(1.75*n, 2.15*rows), squeeze=False)
+    fig,axs = plt.subplots(rows, n, figsize=(1.5*n, 1.95*rows), squeeze=False)
     for ax in axs.flat[len(masks):]: ax.axis('off')
     for ax,m,t in zip(axs.flat, masks, titles):
         ax.pcolormesh(m, cmap=plt.matplotlib.colors.ListedColormap([_mist,PALETTE['blue']]), vmin=0, vmax=1, edgecolor=_paper, lw=.8)
@@ -218,7 +218,7 @@ def plot_curves(
     "Curves over epochs: every seed thin, the mean thick"
     if not series: raise ValueError("series is empty: pass a dict of name -> list of values")
     if bad := [k for k,ys in series.items() if not len(ys)]: raise ValueError(f"{bad[0]!r} has no values: leave it out or pass at least one epoch")
-    ax = _ax(ax, 6.5, .5)
+    ax = _ax(ax, 6, .5)
     for (name,ys),color,ls in zip(series.items(), cycle(plt.rcParams['axes.prop_cycle'].by_key()['color']), cycle(_dashes)):
         seeds = [np.asarray(y, dtype=float) for y in (ys if np.ndim(ys[0]) else [ys])]
         n = min(map(len, seeds))

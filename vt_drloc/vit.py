@@ -15,7 +15,7 @@ from torch import nn
 from .tokens import *
 from .attention import *
 
-# %% ../nbs/03_vit.ipynb #e8a59c67
+# %% ../nbs/03_vit.ipynb #aa991b3e
 class Mlp(nn.Module):
     "Two linear layers with GELU between, for each token by itself: (..., D) -> (..., D)"
     def __init__(self,
@@ -23,13 +23,14 @@ class Mlp(nn.Module):
         ratio:float=4., # Hidden width over D
     ):
         super().__init__()
-        self.fc1,self.act,self.fc2 = nn.Linear(dim, int(dim*ratio)),nn.GELU(),nn.Linear(int(dim*ratio), dim)
+        hidden = int(dim*ratio)
+        self.fc1,self.act,self.fc2 = nn.Linear(dim, hidden),nn.GELU(),nn.Linear(hidden, dim)
 
     def forward(self, x): return self.fc2(self.act(self.fc1(x)))
 
-# %% ../nbs/03_vit.ipynb #4be7886b
+# %% ../nbs/03_vit.ipynb #5f43cdce
 class DropPath(nn.Module):
-    "Stochastic depth: in training, drop the branch of an image with probability `p`, scale the rest by 1/(1-p)"
+    "In training, drop the branch of an image with probability `p`, scale the rest by 1/(1-p)"
     def __init__(self,
         p:float=0., # Probability of dropping, below 1
     ):
@@ -80,7 +81,7 @@ def drop_rates(
     "Drop path rates that rise linearly from 0 to `drop_path`"
     return [drop_path*i/max(depth-1,1) for i in range(depth)]
 
-# %% ../nbs/03_vit.ipynb #289d810f
+# %% ../nbs/03_vit.ipynb #7c6b25aa
 class ViT(nn.Module):
     "Plain ViT: linear patches, positions, blocks, then class token or average pooling"
     def __init__(self,
@@ -106,7 +107,8 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(.02*torch.randn(1, 1, dim)) if pool=='token' else None
         self.set_pos(pos)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.Sequential(*[Block(dim, heads, ratio, p, norm=norm) for p in drop_rates(drop_path, depth)])
+        rates = drop_rates(drop_path, depth)
+        self.blocks = nn.Sequential(*[Block(dim, heads, ratio, p, norm=norm) for p in rates])
         self.norm,self.head = norm(dim),nn.Linear(dim, num_classes)
         self.apply(init_weights)
 
@@ -135,7 +137,7 @@ def check_size(self:ViT,
     if self.pos_embed is not None and (H,W)!=(h,w):
         raise ValueError(f"image {H} x {W}: the positions are for {h} x {w}; resize it, or build ViT(img_size=({H}, {W}))")
 
-# %% ../nbs/03_vit.ipynb #b78606b2
+# %% ../nbs/03_vit.ipynb #44ce8abc
 @patch
 def forward_features(self:ViT,
     x:torch.Tensor, # (B, C, H, W) images
@@ -144,7 +146,8 @@ def forward_features(self:ViT,
     grid = self.patch_embed(x)
     self.check_size(*x.shape[-2:])
     x = to_tokens(grid)
-    if self.cls_token is not None: x = torch.cat([self.cls_token.expand(len(x),-1,-1), x], 1)
+    if self.cls_token is not None:
+        x = torch.cat([self.cls_token.expand(len(x),-1,-1), x], 1)
     if self.pos_embed is not None: x = x + self.pos_embed
     return self.norm(self.blocks(x))
 
@@ -161,10 +164,11 @@ def forward_head(self:ViT,
 @patch
 def forward(self:ViT, x): return self.forward_head(self.forward_features(x))
 
-# %% ../nbs/03_vit.ipynb #2c4ae368
+# %% ../nbs/03_vit.ipynb #7a7f1409
 def vit_mini(
     num_classes:int=10, # Outputs
     **kw, # Anything else of `ViT`
 )->ViT:
     "A ViT for 32 x 32 images: 8 x 8 tokens, 1.4 M parameters"
-    return ViT(**{**dict(img_size=32, patch=4, dim=128, depth=7, heads=4, num_classes=num_classes), **kw})
+    default = dict(img_size=32, patch=4, dim=128, depth=7, heads=4)
+    return ViT(num_classes=num_classes, **{**default, **kw})
