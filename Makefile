@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 train: $(READY)
-	@env -u OMP_NUM_THREADS $(BIN)/vt_drloc_demo
+	@env -u OMP_NUM_THREADS PYTHONWARNINGS=ignore::FutureWarning $(BIN)/vt_drloc_demo
 
 # One after the other, also under make -j, so that the first failure is the last thing said
 test: $(READY)

@@ -397,7 +397,7 @@ def guessing_game(
     with contextlib.nullcontext() if bar else learn.no_logging(): learn.fit(epochs, cbs=ParamScheduler({'lr': combine_scheds([.1,.9], [SchedLin(1e-4,2e-3), SchedCos(2e-3,1e-5)])}))
     return cb,learn,torch.cat([b[0].as_subclass(Tensor) for b in dls.valid])
 
-# %% ../nbs/10_train.ipynb #fa7a2c59
+# %% ../nbs/10_train.ipynb #a8807639
 def read_records(
     folder=None # with run records; `None`: those committed with the project
 )->list: # one dict a run
@@ -431,12 +431,13 @@ def demo_figure(
         axs[0].bar([i+.38*k for i in range(len(es))], es.values(), .36, label=f'{pad} padding', color=PALETTE[['blue','orange'][k]])
     axs[0].axhline(guess, color=PALETTE['grey'], ls='--', label=f'guessing: {guess:.2f}')
     axs[0].set(xticks=[i+.19 for i in range(3)], xticklabels=list(es), ylabel='mean error (cells)', title='the guessing game, 8 x 8 grid')
-    axs[0].legend()
+    axs[0].set_ylim(0, 1.5*max(guess, *(e for es in errors.values() for e in es.values())))
+    axs[0].legend(loc='upper left')
     if curves: plot_curves(curves, 'test accuracy (%)', ax=axs[1]); axs[1].set_title('CIFAR-10, committed runs on a GPU')
     else: axs[1].set_axis_off(); axs[1].text(0, .5, 'no committed CIFAR-10 runs found')
     return fig
 
-# %% ../nbs/10_train.ipynb #58e573ca
+# %% ../nbs/10_train.ipynb #6a2abe2f
 @call_parse
 def demo_main(
     out:str='runs', # folder for run records and the figure
@@ -463,7 +464,7 @@ def demo_main(
     guess = sum(best_guess(8,8).error)/2
     print('\n=== The guessing game: mean error in cells on an 8 x 8 grid, lower is better ===')
     print(pd.DataFrame(errors).T.assign(guessing=guess).round(2).to_string())
-    print('A low error on a constant image is position that leaked in through the padding; what an image adds is the difference to it.')
+    print('An error below guessing on scrambled pixels or a constant image is not from looking: position leaked in through the\npadding. Reflecting padding tells a constant image nothing, so there only the photo can help.')
     print('\n=== Digits: accuracy on 360 test images (too few to show an effect; this shows that both arms train) ===')
     print(pd.DataFrame({r['recipe']['drloc']: dict(accuracy=100*r['final']['accuracy'], seconds=r['wall_s']) for r in recs}).T.round(1).to_string())
     curves = accuracy_curves(read_records(), 'cifar10', 'cvt_mini')
