@@ -8,14 +8,14 @@ Docs: https://SET_ME.github.io/vt_drloc/train.html.md"""
 __all__ = ['MODELS', 'PRESETS', 'Recipe', 'demo_cvt', 'decays', 'DecayRule', 'FusedAdamW', 'DeviceRecorder', 'git_revision',
            'circumstances', 'RunRecord', 'save_weights', 'KeepWeights', 'build', 'run_name', 'train', 'Settings',
            'settings', 'main', 'side_task_error', 'controls', 'guessing_game', 'read_records', 'accuracy_curves',
-           'demo_figure', 'demo_main']
+           'demo_figure', 'demo_report', 'demo_main']
 
-# %% ../nbs/10_train.ipynb #385e861f
+# %% ../nbs/10_train.ipynb #f7ab15d6
 import contextlib, json, math, os, platform, subprocess, sys, time
-from dataclasses import dataclass, asdict, replace, fields
+from dataclasses import dataclass, asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-import torch, torch.nn.functional as F
+import torch
 from torch import nn
 from torch.optim.adamw import adamw
 from safetensors.torch import save_file
@@ -437,7 +437,25 @@ def demo_figure(
     else: axs[1].set_axis_off(); axs[1].text(0, .5, 'no committed CIFAR-10 runs found')
     return fig
 
-# %% ../nbs/10_train.ipynb #6a2abe2f
+# %% ../nbs/10_train.ipynb #0014f977
+def demo_report(
+    errors:dict, # padding -> control -> mean error in cells
+    recs:list, # run records of the digits
+    curves:dict # arm -> accuracy curves of the committed runs
+):
+    "Print the demo's tables"
+    import pandas as pd
+    guess = sum(best_guess(8,8).error)/2
+    print('\n=== The guessing game: mean error in cells on an 8 x 8 grid, lower is better ===')
+    print(pd.DataFrame(errors).T.assign(guessing=guess).round(2).to_string())
+    print('An error below guessing on scrambled pixels or a constant image is not from looking: position leaked in through the\npadding. Reflecting padding tells a constant image nothing, so there only the photo can help.')
+    print('\n=== Digits: accuracy on 360 test images (too few to show an effect; this shows that both arms train) ===')
+    print(pd.DataFrame({r['recipe']['drloc']: dict(accuracy=100*r['final']['accuracy'], seconds=r['wall_s']) for r in recs}).T.round(1).to_string())
+    if curves:
+        print('\n=== CIFAR-10, committed runs (one GPU, 100 epochs, last epoch) ===')
+        for arm,ys in curves.items(): print(f"{arm:>13}: " + ', '.join(f'{y[-1]:.2f}' for y in ys) + f'  mean {sum(y[-1] for y in ys)/len(ys):.2f} %')
+
+# %% ../nbs/10_train.ipynb #86ced494
 @call_parse
 def demo_main(
     out:str='runs', # folder for run records and the figure
@@ -446,7 +464,6 @@ def demo_main(
     no_bar:bool=False, # without progress bars
 ):
     "See the side task at work on a CPU, in about four minutes"
-    import pandas as pd
     start,bar,errors = time.perf_counter(),not no_bar,{}
     print('1. Is the task learnable? A small hybrid guesses how far apart two patches of a photo crop are.\n'
           '   Trained on one part of two photographs, judged on another.')
@@ -461,16 +478,8 @@ def demo_main(
         print(f'\n   side task: {arm}')
         train(r, out=out, bar=bar, device='cpu')
         recs.append(json.loads((Path(out)/f'{run_name(r)}.json').read_text()))
-    guess = sum(best_guess(8,8).error)/2
-    print('\n=== The guessing game: mean error in cells on an 8 x 8 grid, lower is better ===')
-    print(pd.DataFrame(errors).T.assign(guessing=guess).round(2).to_string())
-    print('An error below guessing on scrambled pixels or a constant image is not from looking: position leaked in through the\npadding. Reflecting padding tells a constant image nothing, so there only the photo can help.')
-    print('\n=== Digits: accuracy on 360 test images (too few to show an effect; this shows that both arms train) ===')
-    print(pd.DataFrame({r['recipe']['drloc']: dict(accuracy=100*r['final']['accuracy'], seconds=r['wall_s']) for r in recs}).T.round(1).to_string())
     curves = accuracy_curves(read_records(), 'cifar10', 'cvt_mini')
-    if curves:
-        print('\n=== CIFAR-10, committed runs (one GPU, 100 epochs, last epoch) ===')
-        for arm,ys in curves.items(): print(f"{arm:>13}: " + ', '.join(f'{y[-1]:.2f}' for y in ys) + f'  mean {sum(y[-1] for y in ys)/len(ys):.2f} %')
+    demo_report(errors, recs, curves)
     fig = Path(out)/'demo.png'; demo_figure(errors, curves).savefig(fig, dpi=110)
     print(f'\nFigure: {fig}   Records: {out}/*.json   Took {time.perf_counter()-start:.0f} s\n'
           'CIFAR-10 yourself, on a GPU: vt_drloc_train --data cifar10 --model cvt_mini --drloc paper --epochs 100 --seed 0')
