@@ -6,7 +6,7 @@ Docs: https://SET_ME.github.io/vt_drloc/train.html.md"""
 
 # %% auto #0
 __all__ = ['MODELS', 'PRESETS', 'Recipe', 'demo_cvt', 'decays', 'DecayRule', 'FusedAdamW', 'DeviceRecorder', 'git_revision',
-           'circumstances', 'RunRecord', 'save_weights', 'KeepWeights', 'build', 'run_name', 'train', 'Settings',
+           'circumstances', 'RunRecord', 'save_weights', 'KeepWeights', 'run_name', 'build', 'train', 'Settings',
            'settings', 'main', 'side_task_error', 'controls', 'guessing_game', 'read_records', 'accuracy_curves',
            'demo_figure', 'demo_report', 'demo_main']
 
@@ -253,7 +253,22 @@ class KeepWeights(Callback):
         mlp = getattr(getattr(self.learn, 'drloc', None), 'loss_fn', None)
         if mlp: save_weights(mlp.mlp, Path(self.path).with_suffix('.mlp.safetensors'), self.recipe, dict(dim=mlp.mlp.dim))
 
-# %% ../nbs/10_train.ipynb #253b9d4d
+# %% ../nbs/10_train.ipynb #179c53ad
+def run_name(r:Recipe)->str:
+    "Name of a run's files"
+    return f"{Path(r.data).name}-{r.model}-{r.drloc}-s{r.seed}"
+
+def _callbacks(r, device, weights, bar):
+    "The callbacks that a checked recipe asks for"
+    cbs = [TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DecayRule(), ParamScheduler({'lr': r.lr_at}), StopOnNonFinite(checkpoint=weights)]
+    if bar: cbs.append(ProgressCallback())
+    if r.mix: cbs.append(MixupCutmix())
+    if r.clip: cbs.append(GradientClip(r.clip))
+    if r.amp and device.type=='cuda': cbs.append(MixedPrecision('bf16'))
+    if r.drloc!='none': cbs.append(DrlocCallback(r.lambda_drloc, m=r.m, seed=r.seed))
+    return cbs
+
+# %% ../nbs/10_train.ipynb #7e89a78e
 def build(
     recipe:Recipe, # what to run
     out=None, # folder for record and weights; `None`: neither is written
@@ -274,19 +289,10 @@ def build(
     if r.compile: model.compile()
     opt_func = partial(FusedAdamW, mom=r.mom, sqr_mom=r.sqr_mom, eps=r.eps, wd=r.wd)
     weights = Path(out)/f'{run_name(r)}.safetensors' if out else None
-    cbs = [TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DecayRule(), ParamScheduler({'lr': r.lr_at}), StopOnNonFinite(checkpoint=weights)]
-    if bar: cbs.append(ProgressCallback())
-    if r.mix: cbs.append(MixupCutmix())
-    if r.clip: cbs.append(GradientClip(r.clip))
-    if r.amp and device.type=='cuda': cbs.append(MixedPrecision('bf16'))
-    if r.drloc!='none': cbs.append(DrlocCallback(r.lambda_drloc, m=r.m, seed=r.seed))
+    cbs = _callbacks(r, device, weights, bar)
     if out: cbs += [RunRecord(Path(out)/f'{run_name(r)}.json', r, beside), KeepWeights(weights, r, args)]
     return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, lr=r.lr, metrics=accuracy, cbs=cbs, default_cbs=False,
                    path=Path(out or '.'))
-
-def run_name(r:Recipe)->str:
-    "Name of a run's files"
-    return f"{Path(r.data).name}-{r.model}-{r.drloc}-s{r.seed}"
 
 def train(
     recipe:Recipe, # what to run
@@ -297,7 +303,7 @@ def train(
     learn.fit(recipe.epochs, recipe.lr)
     return learn
 
-# %% ../nbs/10_train.ipynb #d763f261
+# %% ../nbs/10_train.ipynb #86537c6c
 class Settings(Callback):
     "Collects, at the first step, what the optimizer uses for each parameter"
     order,run_valid = 20,False
@@ -322,7 +328,7 @@ def settings(
     with learn.no_logging(): learn.fit(1, recipe.lr, cbs=[cb,_Stop()])
     return cb.rows
 
-# %% ../nbs/10_train.ipynb #6aaee231
+# %% ../nbs/10_train.ipynb #1e90ad7c
 @call_parse
 def main(
     data:str='cifar10', # data set: a name (cifar10, cifar100, digits, ...) or a folder with train/ and valid/ class folders
@@ -354,7 +360,7 @@ def main(
     print(f"last epoch: {100*rec['final']['accuracy']:.2f} % of {rec['data']['n_valid']} images right, after {rec['wall_s']:.0f} s\n"
           f"record: {Path(out)/run_name(recipe)}.json, weights beside it")
 
-# %% ../nbs/10_train.ipynb #62db2e64
+# %% ../nbs/10_train.ipynb #f53af095
 @torch.no_grad()
 def side_task_error(
     model:nn.Module, # a backbone
@@ -378,9 +384,9 @@ def controls(
 )->dict: # name -> images
     "The images, the same with scrambled pixels, and constant ones of the same mean"
     perm = torch.randperm(x[0,0].numel(), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    return {'photos': x, 'scrambled pixels': x.flatten(2)[...,perm].view_as(x), 'constant image': x.mean((0,2,3), keepdim=True).expand_as(x[:1])}
+    return {'photos': x, 'scrambled pixels': x.flatten(2)[...,perm].view_as(x), 'constant image': x.mean((0,2,3), keepdim=True).expand_as(x)}
 
-# %% ../nbs/10_train.ipynb #ea8a2587
+# %% ../nbs/10_train.ipynb #e8a7dca0
 def guessing_game(
     padding_mode:str, # of all convolutions: 'zeros' or 'reflect'
     epochs:int=6, # passes over the crops
@@ -397,7 +403,7 @@ def guessing_game(
     with contextlib.nullcontext() if bar else learn.no_logging(): learn.fit(epochs, cbs=ParamScheduler({'lr': combine_scheds([.1,.9], [SchedLin(1e-4,2e-3), SchedCos(2e-3,1e-5)])}))
     return cb,learn,torch.cat([b[0].as_subclass(Tensor) for b in dls.valid])
 
-# %% ../nbs/10_train.ipynb #a8807639
+# %% ../nbs/10_train.ipynb #48a455e9
 def read_records(
     folder=None # with run records; `None`: those committed with the project
 )->list: # one dict a run
@@ -437,7 +443,7 @@ def demo_figure(
     else: axs[1].set_axis_off(); axs[1].text(0, .5, 'no committed CIFAR-10 runs found')
     return fig
 
-# %% ../nbs/10_train.ipynb #0014f977
+# %% ../nbs/10_train.ipynb #e644b4b7
 def demo_report(
     errors:dict, # padding -> control -> mean error in cells
     recs:list, # run records of the digits
@@ -455,7 +461,7 @@ def demo_report(
         print('\n=== CIFAR-10, committed runs (one GPU, 100 epochs, last epoch) ===')
         for arm,ys in curves.items(): print(f"{arm:>13}: " + ', '.join(f'{y[-1]:.2f}' for y in ys) + f'  mean {sum(y[-1] for y in ys)/len(ys):.2f} %')
 
-# %% ../nbs/10_train.ipynb #86ced494
+# %% ../nbs/10_train.ipynb #755e52b3
 @call_parse
 def demo_main(
     out:str='runs', # folder for run records and the figure
