@@ -751,3 +751,22 @@ def test_inductor():
     learn.model.zero_grad()
     ref.fit(2); learn.fit(2)
     near(mlp(ref), mlp(learn), rtol=1e-3, atol=1e-4)
+
+# --- what as_backbone cannot tell by itself
+
+def test_tap_as_a_dict_settles_the_layout():
+    "A (B, 8, 8, 8) map could be either way round: the callback takes as_backbone's own arguments"
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body,self.head = nn.Conv2d(3, 8, 4, 4),nn.Linear(8, 2)
+        def forward(self, x): return self.head(self.body(x).mean((2,3)))
+    from vt_drloc.callback import GridTap
+    m,x = Square(),torch.randn(2,3,32,32)
+    with GridTap(m, 'body') as tap, pytest.raises(ValueError, match=r"in DrlocCallback: tap=dict\(layout='NCHW'\)"):
+        m(x); tap.pop((32,32))
+    for layout in 'NCHW','NHWC':
+        with GridTap(m, dict(tap='body', layout=layout)) as tap:
+            m(x); g = tap.pop((32,32))
+        want = m.body(x)
+        assert torch.equal(g, want if layout=='NCHW' else want.permute(0,3,1,2))

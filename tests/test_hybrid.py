@@ -351,3 +351,14 @@ def test_two_backbones_are_ambiguous():
 def test_pure_shape_logic():
     "No tensor value is looked at: works on the meta device"
     assert features_to_grid(torch.empty(2,65,12, device='meta'), (32,32), 1).shape==(2,12,8,8)
+
+def test_a_tap_that_returns_a_dict_is_refused():
+    class Dicts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Conv2d(3, 8, 4, 4)
+        def forward(self, x): return dict(out=self.body(x), aux=x)
+    net = nn.Sequential(Dicts())
+    with pytest.raises(ValueError, match='returns a dict with out, aux; tap a submodule'):
+        as_backbone(net, '0').forward_features(torch.randn(1,3,32,32))
+    assert as_backbone(net, '0.body').forward_features(torch.randn(1,3,32,32)).shape==(1,8,8,8)

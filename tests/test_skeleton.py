@@ -8,8 +8,8 @@ import pytest, tomllib
 
 root = Path(__file__).resolve().parent.parent
 cfg = ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf-8'); cfg = cfg['DEFAULT']
-order = 'tokens attention vit hybrid pairs loss callback data augment swin t2t models variants plots train'.split()
-bare = set('tokens attention vit hybrid pairs loss'.split())     # these need torch, einops and fastcore alone
+order = 'tokens attention vit hybrid pairs loss callback data augment swin t2t cvt models variants plots watch compare evaluate train'.split()
+bare = set('tokens attention vit hybrid pairs loss swin t2t cvt variants'.split())     # these need torch, einops and fastcore alone
 modules = sorted(p for p in (root/'vt_drloc').glob('*.py') if p.name[0] != '_')
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 name = lambda p: p.stem
@@ -30,7 +30,7 @@ def test_one_version():
 
 def test_console_scripts():
     scripts = {e.name: e for e in distribution(cfg['lib_name']).entry_points if e.group == 'console_scripts'}
-    assert scripts.keys() >= {'vt_drloc_train', 'vt_drloc_demo'}
+    assert scripts.keys() >= {'vt_drloc_train', 'vt_drloc_eval', 'vt_drloc_demo'}
     for n,e in scripts.items():
         assert callable(e.load()), n
         assert (Path(sys.executable).parent/n).exists(), f'{n} is not installed beside {sys.executable}'

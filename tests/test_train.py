@@ -6,7 +6,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from fastai.basics import Callback, CancelFitException, L, set_seed
-from vt_drloc.train import (DeviceRecorder, FusedAdamW, MODELS, PRESETS, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
+from vt_drloc.models import create_model, load_model
+from vt_drloc.train import (DeviceRecorder, FusedAdamW, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
                             run_name, settings, side_task_error, train)
 
 small = Recipe(data='digits', model='demo_cvt', epochs=2, bs=256, warmup=0, mix=False, tfms='none')
@@ -22,18 +23,19 @@ class StopAt(Callback):
 def test_defaults_are_the_protocol():
     r = Recipe()
     assert (r.lr, r.lr_start, r.lr_floor, r.warmup, r.epochs, r.bs) == (5e-4, 5e-7, 5e-6, 20, 100, 512)
-    assert (r.wd, r.mom, r.sqr_mom, r.eps, r.clip, r.m, r.drop_path) == (0.05, 0.9, 0.999, 1e-8, 5.0, 64, 0.)
+    assert (r.wd, r.mom, r.sqr_mom, r.eps, r.clip, r.m, r.check().drop_path) == (0.05, 0.9, 0.999, 1e-8, 5.0, 64, 0.)
 
-@pytest.mark.parametrize('model', MODELS)
-@pytest.mark.parametrize('drloc', PRESETS)
+@pytest.mark.parametrize('model', ['cvt_mini','vit_mini','demo_cvt','swin_mini','t2t_mini','cvt_13_mini','cvt_13_gap_mini','resnet_mini'])
+@pytest.mark.parametrize('drloc', DRLOC)
 def test_every_parameter_against_the_protocol(model, drloc):
     r = Recipe(data='digits', model=model, drloc=drloc, bs=8, epochs=100)
     rows = {o['name']:o for o in settings(r, device='cpu')}
-    names = dict(MODELS[model](num_classes=10).named_parameters())
-    mlp = {'drloc.mlp.0.weight','drloc.mlp.0.bias','drloc.mlp.2.weight','drloc.mlp.2.bias'} if drloc!='none' else set()
+    names = [n for n,p in create_model(model).named_parameters() if p.requires_grad]
+    layers = dict(none=(), paper=(0,2), released=(0,2,4))[drloc]
+    mlp = {f'drloc.mlp.{i}.{n}' for i in layers for n in ('weight','bias')}
     assert set(rows) == set(names) | mlp
     for n,o in rows.items():
-        spared = len(o['shape'])==1 or n in ('cls_token','pos_embed')
+        spared = len(o['shape'])==1 or n=='pos_embed' or n.endswith(('cls_token','relative_position_bias_table','bias.table'))
         assert o['wd'] == (0. if spared else 0.05), n
         assert o['betas'] == (0.9,0.999) and o['eps'] == 1e-8, n
         assert o['lr'] == pytest.approx(5e-7*8/512, rel=1e-6), n    # the warm-up's first step, scaled by batch/512
@@ -100,7 +102,9 @@ def test_record_of_a_complete_run(tmp_path):
         assert e['train_loss'] == pytest.approx(e['ce'] + e['lambda']*e['drloc'], rel=1e-5)
     assert str(Path.home()) not in json.dumps(rec)
     with safe_open(tmp_path/f'{run_name(r)}.safetensors', 'pt') as f: meta = f.metadata()
-    m = MODELS[meta['model']](**json.loads(meta['args'])); m.load_state_dict(load_file(tmp_path/f'{run_name(r)}.safetensors'))
+    assert json.loads(meta['vocab'])==[str(i) for i in range(10)] and json.loads(meta['size'])==[32,32]
+    m = load_model(tmp_path/f'{run_name(r)}.safetensors')
+    for k,v in load_file(tmp_path/f'{run_name(r)}.safetensors').items(): assert torch.equal(m.state_dict()[k], v)
     assert (tmp_path/f'{run_name(r)}.mlp.safetensors').exists() and not list(tmp_path.glob('*.tmp'))
 
 def test_record_says_when_a_run_was_cut_short(tmp_path):

@@ -196,7 +196,7 @@ def features_to_grid(
     ax = _axis_of_d(f.shape, H, W, num_features)
     if ax is None:
         _refuse(f, img_hw, f"cannot tell which axis is D (num_features={num_features}); "
-                "pass num_features, or layout='NCHW' or 'NHWC' to as_backbone")
+                "pass num_features, or layout='NCHW' or 'NHWC' to as_backbone; in DrlocCallback: tap=dict(layout='NCHW')")
     return f if ax==1 else rearrange(f, 'b h w d -> b d h w')
 
 # %% ../nbs/04_hybrid.ipynb #a12c7aa5
@@ -227,7 +227,9 @@ def unpack(self:Adapter,
     "The feature tensor in it: transformers wrap theirs"
     if isinstance(output, torch.Tensor): return output
     if isinstance(output, (tuple,list)): return output[0]
-    return output.last_hidden_state
+    if hasattr(output, 'last_hidden_state'): return output.last_hidden_state
+    keys = f" with {', '.join(map(str, output))}" if isinstance(output, dict) else ''
+    raise ValueError(f"{self}: its tap returns a {type(output).__name__}{keys}; tap a submodule that returns one tensor: tap='...'")
 
 @patch
 def grid(self:Adapter,

@@ -1,0 +1,153 @@
+"What the tutorials rely on and do not show: grids the right way round, U-Nets under a tap, two processes, no fastai"
+import json, subprocess, sys
+from pathlib import Path
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from vt_drloc.hybrid import CvT, as_backbone
+from vt_drloc.loss import DrlocLoss
+
+nbs = Path(__file__).parents[1]/'nbs'/'tutorials'
+
+def page_cell(page, start):
+    "Source of the one code cell of a tutorial that starts with `start`"
+    cells = [''.join(c['source']) for c in json.loads((nbs/f'{page}.ipynb').read_text())['cells'] if c['cell_type']=='code']
+    found = [c for c in cells if c.startswith(start)]
+    assert len(found)==1, f"{len(found)} cells of {page} start with {start!r}"
+    return found[0]
+
+def page_classes():
+    "`Joint` and `Hooked` as the page on plain PyTorch defines them"
+    ns = dict(nn=nn, DrlocLoss=DrlocLoss, as_backbone=as_backbone)
+    for name in ('Joint','Hooked'): exec(page_cell('plain_pytorch', f'class {name}('), ns)
+    return ns['Joint'],ns['Hooked']
+
+# --- the five models of `any_backbone`
+
+def models(H, W):
+    "As the page builds them"
+    timm,tv,hf = map(pytest.importorskip, ('timm','torchvision.models','transformers'))
+    ns = dict(torch=torch, timm=timm, tv=tv, H=H, W=W, CvtConfig=hf.CvtConfig, CvtForImageClassification=hf.CvtForImageClassification)
+    exec(page_cell('any_backbone', 'def build()').split('\nmodels =')[0], ns)
+    return ns['build']()
+
+strides = {'timm ViT':16, 'timm ConvNeXt':32, 'timm PVT v2':32, 'torchvision Swin':32, 'transformers CvT':16}
+
+@pytest.mark.parametrize('hw', [(64,160), (160,64)])
+@pytest.mark.parametrize('name', strides)
+def test_a_change_in_the_image_shows_in_its_cell(name, hw):
+    "Other pixels in a corner move that corner of the grid most: rows are rows, columns are columns"
+    m,s = models(*hw)[name].eval(),strides[name]
+    h,w = hw[0]//s,hw[1]//s
+    g = torch.Generator().manual_seed(0)
+    bb,x = as_backbone(m),torch.randn(1,3,*hw, generator=g)
+    with torch.no_grad():
+        base = bb.grid(bb.forward_features(x), hw)
+        assert base.shape[2:]==(h,w)
+        for r,c in [(0,w-1), (h-1,0)]:
+            z = x.clone()
+            z[...,r*s:(r+1)*s,c*s:(c+1)*s] = 3*torch.randn(1,3,s,s, generator=g)
+            moved = (bb.grid(bb.forward_features(z), hw)-base).norm(dim=1)[0]
+            assert divmod(moved.argmax().item(), w)==(r,c)
+
+@pytest.mark.parametrize('name', [n for n in strides if n not in ('timm ViT','timm ConvNeXt','timm PVT v2')])
+def test_hooked_module_gives_the_grid_of_the_adapter(name):
+    _,Hooked = page_classes()
+    joint = Hooked(models(64,96)[name]).eval()
+    x = torch.randn(2,3,64,96)
+    _,drloc = joint(x, torch.Generator().manual_seed(3))
+    grid = joint.bb.grid(joint.bb.forward_features(x), (64,96))
+    torch.testing.assert_close(drloc, joint.drloc(grid, torch.Generator().manual_seed(3)))
+
+# --- U-Nets
+
+def unet(img=(64,96)):
+    vision,timm = pytest.importorskip('fastai.vision.all'),pytest.importorskip('timm')
+    torch.manual_seed(0)
+    arch = lambda pretrained=False: timm.create_model('resnet10t', channels=(8,16,24,32))
+    return vision.create_unet_model(arch, 3, img, pretrained=False, cut=-3)
+
+@pytest.mark.parametrize('tap,hw,D', [('layers.0',(4,6),24), ('layers.0.5',(8,12),16), ('layers.0.4',(16,24),8)])
+def test_unet_tap(tap, hw, D):
+    m,x = unet().eval(),torch.randn(2,3,64,96)
+    bb = as_backbone(m, tap)
+    with torch.no_grad():
+        grid,parts = bb.grid(bb.forward_features(x), (64,96)),m.layers[0]
+        want = parts(x) if tap=='layers.0' else parts[:int(tap[-1])+1](x)
+    assert grid.shape==(2,D,*hw)
+    torch.testing.assert_close(grid, want)
+
+def test_unet_under_a_tap_keeps_its_skip_connections():
+    from vt_drloc.callback import GridTap
+    m,x = unet().eval(),torch.randn(1,3,64,96)
+    before,keys = m(x),list(m.state_dict())
+    with GridTap(m, 'layers.0') as tap:
+        assert torch.equal(m(x), before) and tap.pop((64,96)).requires_grad
+    assert torch.equal(m(x), before) and list(m.state_dict())==keys
+
+def test_the_side_task_of_a_unet_reaches_the_encoder_and_not_the_decoder():
+    from vt_drloc.callback import GridTap
+    m = unet()
+    with GridTap(m, 'layers.0') as tap:
+        m(torch.randn(2,3,64,96))
+        DrlocLoss(24, seed=0)(tap.pop((64,96))).backward()
+    enc = {id(p) for p in m.layers[0].parameters()}
+    reached = {id(p) for p in m.parameters() if p.grad is not None}
+    assert reached==enc and next(m.layers[0].parameters()).grad.abs().sum()>0
+
+def test_torchvision_segmentation_models_by_name():
+    seg = pytest.importorskip('torchvision.models.segmentation')
+    m = seg.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3).eval()
+    bb = as_backbone(m, 'backbone.layer4')
+    with torch.no_grad(): assert bb.grid(bb.forward_features(torch.randn(1,3,64,96)), (64,96)).shape==(1,2048,8,12)
+
+# --- plain PyTorch
+
+def test_the_page_without_fastai():
+    "What the plain page imports, and a step, where fastai cannot be imported"
+    code = page_cell('plain_pytorch', 'import sys, tempfile') + '\n' + page_cell('plain_pytorch', 'class Joint(') + """
+joint = Joint(CvT(3, dims=(8,), depths=(1,), heads=(2,), kernels=(5,), strides=(4,), kv_strides=(1,)))
+logits,drloc = joint(torch.randn(2,3,16,16))
+(logits.mean()+drloc).backward()
+assert all(p.grad is not None for p in joint.parameters())
+print('ran')"""
+    res = subprocess.run([sys.executable, '-c', "import sys; sys.modules['fastai'] = None\n"+code], capture_output=True, text=True)
+    assert res.stdout.strip()=='ran', res.stderr[-2000:]
+
+def tiny():
+    torch.manual_seed(0)
+    return CvT(3, dims=(8,), depths=(1,), heads=(2,), kernels=(5,), strides=(4,), kv_strides=(1,)).eval()    # BatchNorm fixed
+
+def batch(): return torch.randn(4,3,16,16, generator=torch.Generator().manual_seed(5)),torch.tensor([0,1,2,0])
+
+def one_rank(rank, init, out, which):
+    "A backward pass on half of the batch, with DDP around the joint module if `which` is 'joint'"
+    torch.distributed.init_process_group('gloo', init_method=init, rank=rank, world_size=2)
+    Joint,_ = page_classes()
+    joint = Joint(tiny())
+    run = nn.parallel.DistributedDataParallel(joint) if which=='joint' else joint
+    (x,y),half = batch(),slice(2*rank,2*rank+2)
+    logits,drloc = run(x[half], torch.Generator().manual_seed(1+rank))
+    (F.cross_entropy(logits, y[half]) + .5*drloc).backward()
+    torch.save({n: p.grad for n,p in joint.named_parameters()}, f'{out}.{rank}')
+    torch.distributed.destroy_process_group()
+
+def two_ranks(tmp_path, which):
+    out = tmp_path/which
+    torch.multiprocessing.spawn(one_rank, (f'file://{tmp_path}/init_{which}', str(out), which), nprocs=2)
+    return [torch.load(f'{out}.{r}', weights_only=True) for r in (0,1)]
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason='PyTorch without torch.distributed')
+def test_ddp_around_the_joint_module_averages_the_mlp(tmp_path):
+    a,b = two_ranks(tmp_path, 'joint')
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    Joint,_ = page_classes()
+    alone,(x,y) = Joint(tiny()),batch()
+    for r in (0,1):
+        logits,drloc = alone(x[2*r:2*r+2], torch.Generator().manual_seed(1+r))
+        ((F.cross_entropy(logits, y[2*r:2*r+2]) + .5*drloc)/2).backward()
+    for n,p in alone.named_parameters(): torch.testing.assert_close(a[n], p.grad, rtol=1e-4, atol=1e-6)
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason='PyTorch without torch.distributed')
+def test_without_ddp_around_it_the_mlps_drift_apart(tmp_path):
+    a,b = two_ranks(tmp_path, 'outside')
+    assert not torch.equal(a['drloc.mlp.0.weight'], b['drloc.mlp.0.weight'])
