@@ -40,11 +40,11 @@ test-clean: $(READY)
 test-nbs: $(READY)
 	@echo "== 3/4 every notebook runs"
 	@echo "   left out here: cells flagged cuda (need a GPU), data (need a download), slow (take long)"
-	@$(BIN)/nbdev-test --n-workers 2 --timing
+	@$(BIN)/nbdev-test --n-workers 3 --timing
 
 test-py: $(READY)
 	@echo "== 4/4 pytest"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/
+	@$(BIN)/python -m pytest -n 3 --dist loadfile tests/
 
 docs: $(READY)
 	@$(BIN)/python tools/site.py docs

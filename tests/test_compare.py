@@ -1,0 +1,161 @@
+"""Counters against hand-made numbers, receptive fields against theory, and the measuring program on the CPU."""
+import subprocess, sys
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from vt_drloc import compare
+from vt_drloc.compare import (PUBLISHED, Bench, Contender, activations, cases, check_gradients, contenders, costs, final_grid, measure,
+    multiply_adds, reach, read_record)
+from vt_drloc.models import create_model, list_models
+
+class TinyAttention(nn.Module):
+    "Two heads on 64 pixels, with a mask if asked"
+    def __init__(self, masked=False): super().__init__(); self.qkv,self.masked = nn.Linear(3, 24),masked
+    def forward(self, x):
+        q,k,v = self.qkv(x.flatten(2).mT).reshape(1, 64, 3, 2, 4).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(64, 64) if self.masked else None)
+
+def test_convolution_by_hand():
+    "A grouped convolution with stride: h w D C/groups k^2, and one number written a product sum"
+    m = nn.Conv2d(3, 12, 5, 2, 2, groups=3)
+    assert multiply_adds(m, (16,24)) == dict(conv=8*12*12*25, linear=0, attention=0)
+    assert activations(m, (16,24)) == dict(conv=8*12*12, linear=0, attention=0)
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_linear_by_hand(bias):
+    "A linear layer on the last axis, with and without bias, counts the same"
+    m = nn.Linear(16, 10, bias=bias)
+    assert multiply_adds(m, (8,16)) == dict(conv=0, linear=3*8*16*10, attention=0)
+    assert activations(m, (8,16)) == dict(conv=0, linear=3*8*10, attention=0)
+
+@pytest.mark.parametrize('masked', [True, False])
+def test_attention_by_hand(masked):
+    "Both products of fused attention are counted, and only its output as activation"
+    m = TinyAttention(masked)
+    assert multiply_adds(m, 8) == dict(conv=0, linear=64*3*24, attention=2*64*64*8)
+    assert activations(m, 8) == dict(conv=0, linear=64*24, attention=64*8)
+
+def test_counting_leaves_the_model_as_it_was():
+    "Mode, BatchNorm statistics and gradients are untouched"
+    m = create_model('resnet_mini').train()
+    before = {k:v.clone() for k,v in m.state_dict().items()}
+    multiply_adds(m, 32), activations(m, 32)
+    assert m.training and all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+    assert all(p.grad is None for p in m.parameters())
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published(name):
+    "Parameters to 0.06 M, multiply-adds to the published rounding; CvT's to 0.07 G, ViT-B's parameters to 1 M"
+    c,(params,macs) = costs(name),PUBLISHED[name]
+    assert c['params']/1e6 == pytest.approx(params, abs=1 if name=='vit_base_16' else .06)
+    assert c['macs']/1e9 == pytest.approx(macs, abs=.07 if name=='cvt_13' else .05)
+    assert c['macs'] == sum(c[f'macs_{k}'] for k in ('conv','linear','attention'))
+
+@pytest.mark.parametrize('ours,theirs', [('swin_t', lambda: compare._torchvision('swin_t', 1000)),
+    ('resnet50', lambda: compare._torchvision('resnet50', 1000)), ('cvt_13', lambda: compare._transformers_cvt('cvt-13', 1000)),
+    ('vit_base_16', lambda: compare._timm('vit_base_patch16_224', 1000))])
+def test_same_counts_as_the_other_package(ours, theirs):
+    "The same architecture of another package has the same parameters and multiply-adds"
+    c,other = costs(ours),theirs()
+    assert sum(p.numel() for p in other.parameters()) == c['params']
+    assert sum(multiply_adds(other, 224).values()) == c['macs']
+
+def test_grids():
+    "The final grid at the designed size and at another, not square"
+    assert costs('swin_mini', 10)['grid'] == (128,8,8)
+    assert final_grid(create_model('cvt_mini'), (32,64)).shape == (1,128,8,16)
+
+@pytest.mark.parametrize('kernels,strides', [((3,),(1,)), ((3,5),(2,1)), ((7,3,3),(2,2,1))])
+def test_reach_of_convolutions(kernels, strides):
+    "A stack of convolutions sees 1 + sum (k-1) x step pixels a side"
+    m = nn.Sequential(*[nn.Conv2d(3, 3, k, s, k//2) for k,s in zip(kernels, strides)])
+    side,step = 1,1
+    for k,s in zip(kernels, strides): side,step = side+(k-1)*step, step*s
+    seen = reach(m, 64, tap=str(len(kernels)-1))
+    assert seen.any(0).sum() == seen.any(1).sum() == side and seen.sum() == side**2
+
+def test_reach_of_windows():
+    "A Swin block without shift sees its window, the shifted one after it also the neighbours'; tokens of a ViT see all"
+    m = create_model('swin_mini')
+    assert reach(m, 32, 'layers.0.blocks.0').sum() == (4*2)**2
+    first = reach(m, 32, 'layers.0.blocks.0')
+    both = reach(m, 32, 'layers.0')
+    assert (both | first).equal(both) and first.sum() < both.sum() < 32*32
+    assert reach(create_model('vit_mini'), 32).all()
+
+def test_reach_refuses_a_cell_outside():
+    "A cell outside the grid is named with the grid"
+    with pytest.raises(ValueError, match=r'cell \(8, 0\) is not in the 8 x 8 grid'): reach(create_model('demo_cvt'), 32, cell=(8,0))
+
+def test_every_network_is_measured_once():
+    "All registered networks are among the contenders, the subset to compile is stated, and no case comes twice"
+    groups = contenders()
+    assert sorted(c.name for g in groups for c in g if c.by=='vt_drloc') == list_models()
+    for more in (False, True):
+        keys = [compare._case_key(*o) for g in cases(groups, more) for o in g]
+        assert len(keys) == len(set(keys))
+    eager = {k[:2] for k in keys if not k[-1] and k[4]=='train' and k[5]=='bf16'}
+    assert eager == {(c.name,c.by) for g in groups for c in g}
+
+def test_errors():
+    "Wrong names, kinds and files are named"
+    with pytest.raises(ValueError, match="'swin_x' is not measured"): contenders(only='swin_x')
+    c = contenders(True, 'demo_cvt')[0][0]
+    with pytest.raises(ValueError, match="kind='test'"): Bench(c, 'cpu', 'test')
+    with pytest.raises(ValueError, match="precision='half'"): Bench(c, 'cpu', precision='half')
+
+def test_a_failing_contender_leaves_its_error():
+    "The others are measured all the same"
+    def broken(): raise RuntimeError('no such thing')
+    good = contenders(True, 'demo_cvt')[0][0]
+    bad = Contender('broken', 'nobody', broken, 32, 4, 10)
+    rows = measure([(bad,'train','float32',False), (good,'train','float32',False)], 'cpu', 2, 0.)
+    assert rows[0]['error'] == 'RuntimeError: no such thing' and rows[1]['images_per_s'] > 0
+    assert rows[1]['low'] <= rows[1]['images_per_s'] <= rows[1]['high'] and rows[1]['peak_bytes'] is None
+
+def test_the_guard_sees_a_difference(monkeypatch):
+    "A network whose compiled gradients are wrong is far off; a right one is not"
+    class Net(nn.Module):
+        def __init__(self, wrong): super().__init__(); self.fc,self.wrong = nn.Linear(3*32*32, 10),wrong
+        def forward(self, x):
+            y = self.fc(x.flatten(1))
+            return y*3 if self.wrong and torch.compiler.is_compiling() else y
+    far = [check_gradients(Contender('net', 'vt_drloc', lambda w=w: Net(w), 32, 4, 10), 'cpu') for w in (False, True)]
+    assert far[0]['finite'] and far[0]['compiled_vs_eager'] < 1e-6 and far[1]['compiled_vs_eager'] > .1
+
+def _program(file, *args):
+    cmd = [sys.executable, '-m', 'vt_drloc.compare', '--device', 'cpu', '--quick', '--out', str(file), *args]
+    return subprocess.run(cmd, capture_output=True, text=True, timeout=120)
+
+def test_program_writes_a_record(tmp_path):
+    "Quick run on the CPU; a second run measures nothing again; a run without time says what it left out; --check adds"
+    file = tmp_path/'sub'/'models.json'
+    out = _program(file, '--only', 'demo_cvt', '--minutes', '0')
+    assert out.returncode == 0, out.stderr
+    rec = read_record(file)
+    assert rec['cut_short'] and len(rec['rows']) == 1 and len(rec['left_out']['rows']) == 2
+    assert _program(file, '--only', 'demo_cvt').returncode == 0
+    rec = read_record(file)
+    assert not rec['cut_short'] and [(r['kind'],r['compiled']) for r in rec['rows']] == [('train',False),('infer',False),('train',True)]
+    assert rec['circumstances']['device'] == 'CPU' and rec['circumstances']['versions']['torch'] == torch.__version__
+    assert 'Traceback' not in out.stderr
+    assert _program(file, '--only', 'demo_cvt', '--check').returncode == 0
+    rec = read_record(file)
+    assert len(rec['rows']) == 3 and rec['checks'][0]['finite'] and rec['checks'][0]['compiled_vs_eager'] < .01
+
+def test_a_record_of_other_circumstances_is_not_mixed(tmp_path):
+    "Another revision in the file: an error that names what changed; a foreign file: one that says so"
+    file = tmp_path/'m.json'
+    r = compare.Record(file, 'cpu')
+    r.write(1.)
+    r.data['circumstances']['revision'] = 'other'
+    r.write(1.)
+    with pytest.raises(ValueError, match='another revision'): compare.Record(file, 'cpu')
+    file.write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="has no 'checks'"): read_record(file)
+    file.write_text('{')
+    with pytest.raises(ValueError, match='is no JSON'): read_record(file)
+
+def test_import_is_light():
+    "The module loads neither fastai nor plotting nor the rivals' packages"
+    code = "import sys, vt_drloc.compare; print([m for m in ('fastai','matplotlib','timm','torchvision','transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable,'-c',code], capture_output=True, text=True).stdout.strip() == '[]'
