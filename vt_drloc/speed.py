@@ -122,12 +122,12 @@ def _attention_backward(qkv:torch.Tensor, bias:torch.Tensor, dout:torch.Tensor, 
     _backward[n,share](qkv, bias, dout, dqkv, parts, B, H, W, (D//heads//3)**-.5, **_sizes(qkv, heads, s, sr, sc))
     return dqkv,parts.sum(0).to(bias.dtype)
 
-# %% ../nbs/21_speed.ipynb #ffbda109
+# %% ../nbs/21_speed.ipynb #bb91fac0
 @_attention.register_fake
 def _(qkv, bias, heads, s, sr, sc): return qkv.new_empty(*qkv.shape[:3], qkv.shape[3]//3)
 
 @_attention_backward.register_fake
-def _(qkv, bias, dout, heads, s, sr, sc): return torch.empty_like(qkv, memory_format=torch.contiguous_format),torch.empty_like(bias)
+def _(qkv, bias, dout, heads, s, sr, sc): return qkv.new_empty(qkv.shape),bias.new_empty(bias.shape)
 
 def _keep(ctx, inputs, output):
     qkv,bias,*ctx.rest = inputs
