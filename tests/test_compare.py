@@ -158,26 +158,22 @@ def test_the_guard_sees_a_difference(monkeypatch):
     far = [check_gradients(Contender('net', 'vt_drloc', lambda w=w: Net(w), 32, 4, 10), 'cpu') for w in (False, True)]
     assert far[0]['finite'] and far[0]['compiled_vs_eager'] < 1e-6 and far[1]['compiled_vs_eager'] > .1
 
-def _program(file, *args):
-    cmd = [sys.executable, '-m', 'vt_drloc.compare', '--device', 'cpu', '--quick', '--out', str(file), *args]
-    return subprocess.run(cmd, capture_output=True, text=True, timeout=120)
-
-def test_program_writes_a_record(tmp_path):
-    "Quick run on the CPU; a second run measures nothing again; a run without time says what it left out; --check adds"
+def test_program_writes_a_record(tmp_path, capsys):
+    "Without time it says what it left out; started again it measures what is missing, and nothing twice; --check adds"
     file = tmp_path/'sub'/'models.json'
-    out = _program(file, '--only', 'demo_cvt', '--minutes', '0')
-    assert out.returncode == 0, out.stderr
+    cmd = [sys.executable, '-m', 'vt_drloc.compare', '--device', 'cpu', '--quick', '--only', 'demo_cvt', '--minutes', '0', '--out', str(file)]
+    out = subprocess.run(cmd, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0 and 'Traceback' not in out.stderr, out.stderr
     rec = read_record(file)
     assert rec['cut_short'] and len(rec['rows']) == 1 and len(rec['left_out']['rows']) == 2
-    assert _program(file, '--only', 'demo_cvt').returncode == 0
+    assert rec['circumstances']['device'] == 'CPU' and rec['circumstances']['versions']['torch'] == torch.__version__
+    compare.main(out=file, device='cpu', only='demo_cvt', quick=True)
     rec = read_record(file)
     assert not rec['cut_short'] and [(r['kind'],r['compiled']) for r in rec['rows']] == [('train',False),('infer',False),('train',True)]
-    assert rec['circumstances']['device'] == 'CPU' and rec['circumstances']['versions']['torch'] == torch.__version__
-    assert 'Traceback' not in out.stderr
-    assert _program(file, '--only', 'demo_cvt', '--check').returncode == 0
-    rec = read_record(file)
-    c = rec['checks'][0]
+    compare.main(out=file, device='cpu', only='demo_cvt', quick=True, check=True)
+    rec,c = read_record(file),read_record(file)['checks'][0]
     assert len(rec['rows']) == 3 and c['finite'] and 0 < c['compiled_vs_float32'] < 1.5*c['eager_vs_float32'] < .1
+    assert '3 rows, 1 checks, left out: 0' in capsys.readouterr().out
 
 def test_a_record_of_other_circumstances_is_not_mixed(tmp_path):
     "Another revision in the file: an error that names what changed; a foreign file: one that says so"
