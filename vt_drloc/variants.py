@@ -218,7 +218,7 @@ def draw_pairs(
     new['generator'] = generator
     return _other(torch.randint(n, (B,m), **new), torch.randint(n-1, (B,m), **new))
 
-# %% ../nbs/14_variants.ipynb #6b3c4137
+# %% ../nbs/14_variants.ipynb #6533e54b
 _reductions = dict(mean=torch.mean, sum=torch.sum)
 
 class _PerGrid(nn.ModuleList):
@@ -226,6 +226,7 @@ class _PerGrid(nn.ModuleList):
     @property
     def dim(self): return [f.dim for f in self]
 
+# %% ../nbs/14_variants.ipynb #6b3c4137
 class DrlocFamily(nn.Module):
     "Any of the five losses, with the options of either preset; called as `DrlocLoss`"
     def __init__(self,
@@ -254,8 +255,10 @@ class DrlocFamily(nn.Module):
             if seed is not None: torch.default_generator.manual_seed(seed)
             self.mlp = self._make_mlp(dim, hidden)
 
-    def extra_repr(self):
-        return f"{self.variant!r}, {self.preset!r}, m={self.m}, reduction={self.reduction!r}, pool={self.pool!r}"
+# %% ../nbs/14_variants.ipynb #73d5eaa1
+@patch
+def extra_repr(self:DrlocFamily):
+    return f"{self.variant!r}, {self.preset!r}, m={self.m}, reduction={self.reduction!r}, pool={self.pool!r}"
 
 # %% ../nbs/14_variants.ipynb #d6d06704
 @patch
@@ -294,6 +297,7 @@ def true_cells(self:DrlocFamily,
     d = signed_offsets(pairs, w).to(dtype)
     return d if self.signed else d.abs()
 
+# %% ../nbs/14_variants.ipynb #3a14dbae
 @patch
 def axis_costs(self:DrlocFamily, out, cells, h, w): # (B, m, outputs), (B, m, 2) -> (B, m, 2)
     "The price of every pair on each axis: Eq. 2 or 3, Eq. 5, or Eq. 6"
@@ -304,6 +308,7 @@ def axis_costs(self:DrlocFamily, out, cells, h, w): # (B, m, outputs), (B, m, 2)
     logits = out.split([C for _,C in axes], -1)
     return torch.stack([price(l, c, first) for l,c,(first,_) in zip(logits, cells.unbind(-1), axes)], -1)
 
+# %% ../nbs/14_variants.ipynb #fbf495f6
 @patch
 def per_image(self:DrlocFamily,
     out:torch.Tensor, # (B, m, outputs) what the MLP said
@@ -335,6 +340,7 @@ def _answers(self:DrlocFamily, grid, pairs, mlp=None):
                          f"use DrlocFamily(dim={grid.shape[1]})")
     return predict_pairs(mlp, grid, pairs)
 
+# %% ../nbs/14_variants.ipynb #fc3de618
 @patch
 def _one_grid(self:DrlocFamily, mlp, grid, generator, pairs):
     with torch.autocast(grid.device.type, enabled=False):
