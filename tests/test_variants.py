@@ -180,7 +180,7 @@ def test_defaults_are_drlocloss():
 def test_table_names_every_option():
     named = {o for r in PRESET_TABLE for o in r['option'].replace(',', ' ').split()}
     assert set(PRESETS['paper']) == set(PRESETS['released']) and set(PRESETS['paper']) <= named
-    assert named - set(PRESETS['paper']) == {'signed','reduction','tap'}
+    assert named - set(PRESETS['paper']) == {'signed','reduction'}
     assert all(set(r) == {'point','paper','released','option'} and all(r.values()) for r in PRESET_TABLE)
 
 @pytest.mark.parametrize('variant,option', [(v,o) for v in ONE for o in ('scale','shift','axes','layers','trunk','classes','log') if o!='trunk' or v in ('ce','reg')])
@@ -594,6 +594,21 @@ def test_resumes_exactly(variant, preset, tmp_path):
     first.save('mid')
     second.load('mid').fit(1)
     assert same(weights(straight.model), weights(second.model)) and same(mlp(straight), mlp(second))
+
+def test_released_takes_swins_grid_before_its_last_norm():
+    from vt_drloc.hybrid import as_backbone, cvt_mini
+    from vt_drloc.swin import swin_mini
+    torch.manual_seed(0)
+    swin, x = swin_mini(10).eval(), torch.randn(2, 3, 32, 32)
+    where = lambda **kw: drloc_callback(**{'model':swin, **kw}).where
+    assert where() is where(preset='released', swin_norm=True) is where(preset='released', model=cvt_mini(10)) is where(preset='released', model=None) is None
+    assert where(preset='released', tap='patch_embed') == 'patch_embed' and where(swin_norm=False) == 'layers'
+    def grid(tap):
+        bb = as_backbone(swin, tap)
+        with torch.no_grad(): return bb.grid(bb.forward_features(x), (32,32))
+    with torch.no_grad(): before = swin.layers(swin.patch_embed(x))
+    assert torch.equal(grid(where(preset='released')).permute(0,2,3,1), before) and torch.equal(grid(where()).permute(0,2,3,1), swin.norm(before).detach())
+    assert not torch.allclose(grid('layers'), grid(None))
 
 def test_sidecar_of_another_loss_is_refused(tmp_path):
     a = learner(callback('signed'), path=tmp_path)
