@@ -460,7 +460,7 @@ class PaperAugment(DisplayedTransform):
 
     def __getstate__(self): return {**self.__dict__, '_compiled':None}
 
-# %% ../nbs/19_randaugment.ipynb #1bb7cf30
+# %% ../nbs/19_randaugment.ipynb #d647bbbd
 from fastcore.basics import patch
 
 @patch
@@ -482,6 +482,11 @@ def apply(self:PaperAugment, x:Tensor, d:Draws)->Tensor:
     r,c = (torch.arange(n, device=x.device) for n in self.size)
     hole = ((r>=top[:,0])&(r<(top+h)[:,0]))[...,None]&((c>=left)&(c<left+w))
     return torch.where(hole, torch.randn_like(y), y).to(self.dtype)
+
+@patch
+def uncropped(self:PaperAugment):
+    "The same for batches that were cropped and resized before."
+    return PaperAugment(self.size, self.flip, self.mode, self.erase, self.p, False, self.compile, self.dtype)
 
 @patch
 def decodes(self:PaperAugment, x:TensorImage):
