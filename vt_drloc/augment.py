@@ -9,7 +9,7 @@ __all__ = ['AffineEach', 'LightEach', 'EraseEach', 'get_tfms', 'MixupCutmix']
 
 # %% ../nbs/09_augment.ipynb #56ca1b33
 from fastai.vision.all import *
-from timm.data.mixup import Mixup,mixup_target
+from timm.data.mixup import Mixup,cutmix_bbox_and_lam,mixup_target
 
 # %% ../nbs/09_augment.ipynb #b6c6f80a
 class AffineEach(DisplayedTransform):
@@ -122,6 +122,19 @@ class MixupCutmix(Callback):
                          label_smoothing=self.smooth, num_classes=self.n_classes or self.dls.c)
 
     def before_batch(self):
-        x,y = self.xb[0].clone(),self.yb[0].as_subclass(Tensor)
-        lam = self.mix._mix_batch(x)
+        (x,lam),y = self.mixed(self.xb[0]),self.yb[0].as_subclass(Tensor)
         self.learn.xb,self.learn.yb = (x,*self.xb[1:]),(mixup_target(y, self.mix.num_classes, lam, self.smooth),)
+
+# %% ../nbs/09_augment.ipynb #d0067d4d
+@patch
+def mixed(self:MixupCutmix,
+    x # (B, 3, H, W)
+)->tuple: # a new batch, and the share of each image that is its own
+    "Mix a batch with itself reversed, in as few copies as it takes."
+    lam,cut = self.mix._params_per_batch()
+    if lam==1: return x,1.
+    if not cut: return torch.lerp(x.flip(0), x, lam),lam
+    (top,bottom,left,right),lam = cutmix_bbox_and_lam(x.shape, lam)
+    out = x.clone()
+    out[:,:,top:bottom,left:right] = x[:,:,top:bottom,left:right].flip(0)
+    return out,lam

@@ -7,11 +7,11 @@ Docs: https://SET_ME.github.io/vt_drloc/data.html.md"""
 # %% auto #0
 __all__ = ['SPECS', 'DataError', 'DataSpec', 'Split', 'stratified', 'read_digits', 'crop_boxes', 'photo_crops', 'read_photos',
            'class_files', 'read_folder', 'data_home', 'fetching', 'read_cifar', 'read_svhn', 'read_flowers',
-           'read_domainnet', 'read_imagenet100', 'list_data', 'open_data', 'load_rgb', 'decode', 'MemoryImages',
-           'MemoryDL', 'ResizeBatch', 'CropMiddle', 'get_dls']
+           'read_domainnet', 'read_imagenet100', 'list_data', 'open_data', 'load_rgb', 'decode', 'free_memory', 'place',
+           'MemoryImages', 'MemoryDL', 'ResizeBatch', 'CropMiddle', 'get_dls']
 
 # %% ../nbs/08_data.ipynb #e83dbfbf
-import difflib,hashlib,shutil,tarfile,uuid,warnings,zipfile,zlib
+import difflib,hashlib,json,shutil,tarfile,uuid,warnings,zipfile,zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager,suppress
 from dataclasses import dataclass,replace
@@ -363,23 +363,29 @@ def _fit(im, size):
     from PIL import ImageOps
     return im if im.size==size[::-1] else ImageOps.fit(im, size[::-1], Image.Resampling.BICUBIC)
 
+def _pieces(files, size, n=2048):
+    "`n` images after the other as (n, 3, H, W) uint8, decoded in threads"
+    def _one(f): return torch.from_numpy(np.array(_fit(load_rgb(f), size))).permute(2,0,1)
+    with ThreadPoolExecutor(min(16, defaults.cpus)) as ex:
+        for i in range(0, len(files), n): yield torch.stack(list(ex.map(_one, files[i:i+n])))
+
+# %% ../nbs/08_data.ipynb #41f616c9
 def decode(
     files:list,     # image files
     size:tuple,     # (H, W) of the result; larger images are resized (bicubic) and centre-cropped
     cache:Path=None # file to keep the result in; None: do not keep it
-)->torch.Tensor: # (N, 3, H, W) uint8
+)->torch.Tensor: # (N, 3, H, W) uint8; from a file: mapped, so read when it is used
     "Decode `files` once; next time, unless a file changed, read the result."
     key = _fingerprint(files, size)
     if cache and (x := _read_cache(cache, key)) is not None: return x
+    if cache and _write_cache(cache, key, (len(files),3,*size), _pieces(files, size)) and (x := _read_cache(cache, key)) is not None: return x
     x = torch.empty(len(files), 3, *size, dtype=torch.uint8)
-    def _one(i): x[i] = torch.from_numpy(np.array(_fit(load_rgb(files[i]), size))).permute(2,0,1)
-    with ThreadPoolExecutor(min(16, defaults.cpus)) as ex: list(ex.map(_one, range(len(files))))
-    if cache: _write_cache(cache, key, x)
+    for o,part in zip(x.split(2048), _pieces(files, size)): o.copy_(part)
     return x
 
 # %% ../nbs/08_data.ipynb #562ae15d
 def _fingerprint(files, size):
-    h = hashlib.sha256(f'1 {tuple(size)} {len(files)}'.encode())
+    h = hashlib.sha256(f'2 {tuple(size)} {len(files)}'.encode())
     for f in files:
         try: s = os.stat(f)
         except FileNotFoundError as e: raise DataError(f'image {f} is missing: unpack its data set again') from e
@@ -390,19 +396,52 @@ def _read_cache(file, key):
     from safetensors import safe_open
     if not file.exists(): return None
     try:
-        with safe_open(file, 'pt') as f: return f.get_tensor('x') if (f.metadata() or {}).get('key')==key else None
+        with safe_open(file, 'pt') as f:
+            meta = f.metadata() or {}
+            if meta.get('key')!=key: return None
+            x = f.get_tensor('x')
     except Exception: return None
+    if f'{zlib.crc32(x.numpy()):08x}'==meta.get('crc32'): return x
+    warnings.warn(f'{file} is damaged: the images are decoded anew')
 
-def _write_cache(file, key, x):
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    tmp = file.with_name(f'{file.name}.{uuid.uuid4().hex}.tmp')
+# %% ../nbs/08_data.ipynb #436efe45
+def _header(key, shape, crc):
+    h = json.dumps({'__metadata__':{'key':key, 'crc32':f'{crc:08x}'}, 'x':{'dtype':'U8', 'shape':shape, 'data_offsets':[0,math.prod(shape)]}}).encode()
+    h += b' '*(-len(h)%8)
+    return len(h).to_bytes(8, 'little')+h
+
+def _write_cache(file, key, shape, pieces):
+    "Whether the file could be written"
+    tmp,crc = file.with_name(f'{file.name}.{uuid.uuid4().hex}.tmp'),0
     try:
-        save_file({'x':x}, tmp, metadata={'key':key})
+        with open(tmp, 'wb') as f:
+            f.write(_header(key, shape, crc))
+            for o in pieces: crc = zlib.crc32(o.numpy(), crc); f.write(o.numpy())
+            f.seek(0); f.write(_header(key, shape, crc))
         tmp.replace(file)
-    except (OSError,SafetensorError) as e: warnings.warn(f'decoded images are not kept for next time: cannot write {file} ({e})')
+    except OSError as e: warnings.warn(f'decoded images are not kept for next time: cannot write {file} ({e})')
+    else: return True
     finally:
         with suppress(OSError): tmp.unlink()
+
+# %% ../nbs/08_data.ipynb #35e88414
+def free_memory(
+    device # 'cuda', 'cpu', ...
+)->int|None: # bytes; None: not known
+    "How much memory is free, on a GPU or in this computer."
+    if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type!='cpu': return None
+    try: return next(int(o.split()[1])*1024 for o in open('/proc/meminfo') if o.startswith('MemAvailable'))
+    except (OSError,StopIteration): return None
+
+def place(
+    n_bytes:int, # of all images
+    device       # where the network is
+)->str: # 'device', 'host' (this computer's memory) or 'mapped' (a file)
+    "Where images are held, decided from the memory that is free."
+    def _fits(where, share): return (free := free_memory(where)) is None or n_bytes<=share*free
+    if _fits(device, 0.5 if torch.device(device).type=='cpu' else 0.25): return 'device'
+    return 'host' if torch.device(device).type!='cpu' and _fits('cpu', 0.5) else 'mapped'
 
 # %% ../nbs/08_data.ipynb #11d33d94
 class MemoryImages:
@@ -413,7 +452,8 @@ class MemoryImages:
         y:torch.Tensor, # (N,) labels
         vocab:list,     # class names
         split_idx:int=0,# 0 for training, 1 for validation
-        size:tuple=None # (H, W) that the model sees, if it differs
+        size:tuple=None,# (H, W) that the model sees, if it differs
+        held:str='device'# where x lies: `device`, or `host` or `mapped`, from where batches are sent
     ):
         if len(y) and not 0<=int(y.min())<=int(y.max())<len(vocab): raise DataError(f'labels {int(y.min())}..{int(y.max())} outside the {len(vocab)} classes: mend the labels or give the full `vocab`')
         store_attr()
@@ -422,26 +462,79 @@ class MemoryImages:
 
     def __len__(self): return len(self.y)
     def __getitem__(self, i): return TensorImage(self.x[i]),TensorCategory(self.y[i])
-    def batch(self, idxs): return TensorImage(self.x.index_select(0, idxs)),TensorCategory(self.y.index_select(0, idxs))
     def decode(self, o, full=True): return tuple(Category(self.vocab[int(b)]) if isinstance(b, TensorCategory) else b for b in o)
     def to(self, device):
-        if device is not None and self.x.device!=device: self.x,self.y = self.x.to(device),self.y.to(device)
+        if device is not None and self.held=='device' and self.x.device!=device: self.x,self.y = self.x.to(device),self.y.to(device)
         return self
+
+# %% ../nbs/08_data.ipynb #33daf21f
+@patch
+def batch(self:MemoryImages,
+    idxs:torch.Tensor,# (B,) which images, on the device of `x`
+    device=None       # where the batch is wanted, if not there
+)->tuple: # TensorImage (B, 3, H, W) uint8, TensorCategory (B,)
+    "Some images and their labels, without waiting."
+    pin = device is not None and torch.device(device).type=='cuda' and self.x.device.type=='cpu'
+    def _take(t):
+        out = torch.empty((len(idxs),*t.shape[1:]), dtype=t.dtype, device=t.device, pin_memory=pin)
+        out = torch.index_select(t, 0, idxs, out=out)
+        return out.to(device, non_blocking=True) if pin else out
+    return TensorImage(_take(self.x)),TensorCategory(_take(self.y))
 
 # %% ../nbs/08_data.ipynb #e321f809
 class MemoryDL(TfmdDL):
     "A fastai `DataLoader` that takes its batches by indexing on the device."
+    _alone = False
     def __init__(self, dataset, bs=64, num_workers=None, **kwargs):
         super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
 
     def create_batches(self, samps):
-        if len(self.after_item.fs) or len(self.before_batch.fs):
+        if self.by_item:
             yield from super().create_batches(samps)
             return
-        ds,samps = self.dataset.to(self.device),iter(samps)
+        ds = self.dataset.to(self.device)
+        for block in self.blocks(samps, ds.x.device):
+            for i in block.split(self.bs):
+                if len(i)==self.bs or not self.drop_last: yield ds.batch(i, self.device)
+
+    @property
+    def by_item(self): return bool(len(self.after_item.fs) or len(self.before_batch.fs))
+
+# %% ../nbs/08_data.ipynb #ad609265
+@patch
+def blocks(self:MemoryDL, samps, device):
+    "The indices of an epoch as tensors on `device`, some thousand batches at a time."
+    if torch.is_tensor(samps): yield samps
+    else:
+        samps = iter(samps)
         while block := list(islice(samps, 1024*self.bs)):
-            for i in torch.tensor(block, device=ds.x.device).split(self.bs):
-                if len(i)==self.bs or not self.drop_last: yield ds.batch(i)
+            cuda = device.type=='cuda'
+            yield torch.tensor(block, pin_memory=cuda).to(device, non_blocking=cuda)
+
+@patch
+def draw_order(self:MemoryDL, device)->torch.Tensor: # (N,)
+    "A new order, drawn on the device."
+    g = torch.Generator(device).manual_seed(self.rng.getrandbits(63))
+    return torch.randperm(self.n, generator=g, device=device)
+
+# %% ../nbs/08_data.ipynb #a0b89189
+@patch
+def get_idxs(self:MemoryDL):
+    "The order of an epoch; as a tensor where it is drawn on an accelerator for this loader alone."
+    device = torch.device(ifnone(self.device, 'cpu'))
+    if not (self._alone and self.shuffle) or self.by_item or device.type=='cpu' or self.dataset.held!='device': return super(MemoryDL, self).get_idxs()
+    return self.draw_order(device)
+
+@patch
+def sample(self:MemoryDL):
+    idxs = self._DataLoader__idxs
+    return idxs if torch.is_tensor(idxs) else super(MemoryDL, self).sample()
+
+@patch
+def __iter__(self:MemoryDL):
+    self._alone = True                                                 # not inside another loader that wants a list
+    try: yield from super(MemoryDL, self).__iter__()
+    finally: self._alone = False
 
 # %% ../nbs/08_data.ipynb #1d6c4d48
 @patch
@@ -453,6 +546,12 @@ def new_empty(self:MemoryImages):
     return Datasets(tls=[x,y], n_inp=1)
 
 # %% ../nbs/08_data.ipynb #ec3d239d
+def _enlarged(size, side): return any(a>b for a,b in zip(size, side))
+
+def _stock_resize(ds):
+    if not _enlarged(ds.size, ds.x.shape[-2:]): return [Resize(ds.size)]
+    return [Resize(tuple(round(o*8/7) for o in ds.size), resamples=(Image.Resampling.BICUBIC, Image.Resampling.NEAREST)), CropPad(ds.size)]
+
 @patch
 def new(self:MemoryDL, dataset=None, cls=None, **kwargs):
     "The same loader over other images; files, arrays or an empty set get stock fastai."
@@ -460,30 +559,48 @@ def new(self:MemoryDL, dataset=None, cls=None, **kwargs):
     if isinstance(dataset, MemoryImages): return super(MemoryDL, self).new(dataset, cls, **kwargs)
     if not isinstance(dataset, Datasets): dataset = test_set(self.dataset.new_empty(), dataset)
     stock = [t for t in self.after_batch.fs if not type(t).__module__.startswith('vt_drloc')]
-    tfms = dict(after_item=[Resize(self.dataset.size), ToTensor()], after_batch=stock)
+    tfms = dict(after_item=[*_stock_resize(self.dataset), ToTensor()], after_batch=stock or [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats)])
     return super(MemoryDL, self).new(dataset, cls or TfmdDL, **merge(tfms, kwargs))
 
 # %% ../nbs/08_data.ipynb #2131b6eb
+def _middle_size(side, size):
+    "Where (height, width) `side` is resized to before `size` is cut from its middle"
+    s = max(8/7*a/b for a,b in zip(size, side))
+    return tuple(max(a, round(b*s)) for a,b in zip(size, side))
+
 class ResizeBatch(DisplayedTransform):
-    "Resize float images on the device (bicubic); `size` is (H, W)."
+    "Resize float images on the device (bicubic)."
     order = 11
-    def __init__(self, size): self.size = size
+    def __init__(self,
+        size,       # (H, W)
+        middle=False# resize to 8/7 of it and cut it from the middle
+    ): store_attr()
+
     def encodes(self, x:TensorImage):
-        return TensorImage(F.interpolate(x.as_subclass(Tensor), size=self.size, mode='bicubic', antialias=True, align_corners=False).clamp_(0, 1))
+        to = _middle_size(x.shape[-2:], self.size) if self.middle else self.size
+        x = F.interpolate(x.as_subclass(Tensor), size=to, mode='bicubic', antialias=True, align_corners=False).clamp_(0, 1)
+        (top,left),(H,W) = ((a-b)//2 for a,b in zip(to, self.size)),self.size
+        return TensorImage(x[:,:,top:top+H,left:left+W].contiguous())
 
 # %% ../nbs/08_data.ipynb #d205a0af
-def _hold(split, name, part, size, cache):
+def _hold(split, name, part, size, cache, held):
     "The same split with its images decoded."
     if torch.is_tensor(split.x): return split
     file = split.root/f'.vt_drloc_{name}_{part}_{size[0]}x{size[1]}.safetensors' if cache and split.root else None
-    return Split(decode(split.x, size, file), split.y, split.vocab, split.root)
+    x = decode(split.x, size, file)
+    return Split(x if held=='mapped' else x.clone(), split.y, split.vocab, split.root)
 
-def _memory_dls(train, valid, bs, size, batch_tfms, device):
-    dls = []
+def _resizes(batch_tfms): return [t for t in L(batch_tfms) if getattr(t, 'resizes', False)]
+
+def _memory_dls(train, valid, bs, size, batch_tfms, device, held):
+    dls,norm = [],Normalize.from_stats(*imagenet_stats)
     for i,o in enumerate((train,valid)):
-        ds = MemoryImages(o.x, torch.from_numpy(o.y).long(), o.vocab, i, size)
-        tfms = [IntToFloatTensor()] + ([ResizeBatch(size)] if tuple(o.x.shape[-2:])!=size else []) + list(L(batch_tfms) if i==0 else [])
-        dls.append(MemoryDL(ds, bs=bs, shuffle=i==0, drop_last=i==0, device=device, after_batch=[*tfms, Normalize.from_stats(*imagenet_stats)]))
+        side = tuple(o.x.shape[-2:])
+        resize = [ResizeBatch(size, middle=i==1 and _enlarged(size, side))] if side!=size else []
+        tfms = [IntToFloatTensor(), *resize, *(L(batch_tfms) if i==0 else []), norm]
+        if i==0 and _resizes(batch_tfms): tfms = L(batch_tfms)         # it takes uint8 and gives normalised floats
+        ds = MemoryImages(o.x, torch.from_numpy(o.y).long(), o.vocab, i, size, held)
+        dls.append(MemoryDL(ds, bs=bs, shuffle=i==0, drop_last=i==0, device=device, after_batch=tfms))
     return DataLoaders(*dls, device=device)
 
 # %% ../nbs/08_data.ipynb #803dce3c
@@ -492,9 +609,8 @@ class CropMiddle(Transform):
     split_idx,order = 1,1
     def __init__(self, size): self.size = size
     def encodes(self, x:Image.Image):
-        (h,w),(H,W) = x.shape,self.size
-        s = max(H*8/7/h, W*8/7/w)
-        x = x.resize((max(W, round(w*s)), max(H, round(h*s))), Image.Resampling.BICUBIC)
+        h,w = _middle_size(x.shape, self.size)
+        x,(H,W) = x.resize((w, h), Image.Resampling.BICUBIC),self.size
         left,top = (x.width-W)//2,(x.height-H)//2
         return x.crop((left, top, left+W, top+H))
 
@@ -510,6 +626,7 @@ def _file_dls(train, valid, bs, size, batch_tfms, device, num_workers):
     dls = []
     for i in (0,1):
         tfms = [IntToFloatTensor(), *(L(batch_tfms) if i==0 else []), Normalize.from_stats(*imagenet_stats)]
+        if i==0 and (own := _resizes(batch_tfms)): tfms = [t.uncropped() if t in own else t for t in L(batch_tfms)]
         dls.append(TfmdDL(dsets.subset(i), bs=bs, shuffle=i==0, drop_last=i==0, num_workers=num_workers, device=device,
                           pin_memory=torch.device(device).type=='cuda', after_item=[crop, CropMiddle(size), ToTensor()], after_batch=tfms))
     return DataLoaders(*dls, device=device)
@@ -519,7 +636,7 @@ def get_dls(
     data,            # a name of `list_data()`, or a folder with `train` and `valid` class folders
     bs=64,           # images a batch
     size=None,       # image side, or (H, W), in pixels; None: 32 for small sets, 224 for the others
-    batch_tfms=None, # transforms of training batches, run on the device on floats in 0..1
+    batch_tfms=None, # transforms of training batches, run on the device on floats in 0..1; one that `resizes` gets the uint8 images
     device=None,     # None: fastai's default device
     heldout=0,       # judge on this many training images, cut out by class, instead of the test set
     seed=0,          # fixes which are held out
@@ -527,6 +644,7 @@ def get_dls(
     num_workers=None,# worker processes for sets that are read from files
     expect=None,     # (n_train, n_test) if they are meant to differ from the published ones
     in_memory=None,  # hold all images on the device; None: if they are at most 64 pixels a side
+    held=None,       # where: `device`, `host` or `mapped`; None: what `place` says
     cache=True,      # keep decoded images in a hidden file beside the data
     **kwargs         # for the reader of the set
 )->DataLoaders: # batches of (TensorImage (B, 3, H, W), TensorCategory (B,)), normalised by ImageNet's statistics
@@ -537,13 +655,16 @@ def get_dls(
     if in_memory is None: in_memory = bool(native) or max(size)<=64
     device = torch.device(ifnone(device, default_device()))
     stored = (native,native) if native else size
-    if in_memory: train = _hold(train, name, 'train', stored, cache)
+    n_bytes = (len(train)+len(valid))*3*math.prod(stored) if in_memory else 0
+    held = (held or place(n_bytes, device)) if in_memory else 'files'
+    if in_memory: train = _hold(train, name, 'train', stored, cache, held)
     if heldout:
         if name=='photos': raise DataError('photos: held-out crops would share pixels with training crops; its own test crops come from another part of each photo, so leave `heldout` at 0')
         valid,train = [train.take(i) for i in stratified(train.y, heldout, seed)][::-1]
-    elif in_memory: valid = _hold(valid, name, 'test', stored, cache)
+    elif in_memory: valid = _hold(valid, name, 'test', stored, cache, held)
     if len(train)<bs: raise DataError(f'{name} has {len(train)} training images, fewer than one batch of {bs}: choose a smaller `bs`')
     args = train,valid,bs,size,batch_tfms,device
-    dls = _memory_dls(*args) if in_memory else _file_dls(*args, num_workers)
-    dls.info = AttrDict(name=name, n_train=len(train), n_valid=len(valid), size=size, mean=imagenet_stats[0], std=imagenet_stats[1], in_memory=in_memory, source=source)
+    dls = _memory_dls(*args, held) if in_memory else _file_dls(*args, num_workers)
+    dls.info = AttrDict(name=name, n_train=len(train), n_valid=len(valid), size=size, mean=imagenet_stats[0], std=imagenet_stats[1],
+                        in_memory=in_memory, held=held, mbytes=round(n_bytes/2**20, 1), source=source)
     return dls

@@ -146,7 +146,9 @@ def resize_weights(
     total = w.sum(-1, keepdim=True)
     return w/torch.where(total==0, 1., total)                          # 0: far outside the crop
 
-# %% ../nbs/19_randaugment.ipynb #4b12a217
+# %% ../nbs/19_randaugment.ipynb #2fe15857
+def _cut(x): return x.clamp(0, 255).floor()                            # PIL cuts decimals off
+
 def crop_resize(
     x:Tensor,   # (B, 3, H, W) uint8
     box:Tensor, # (4, B): top, left, height, width
@@ -157,12 +159,10 @@ def crop_resize(
         at = start[:,None]+(torch.arange(n, device=x.device)+0.5)*(length/n)[:,None]
         return resize_weights(at, start, length, side)[:,None]         # (B, 1, n, side)
     wy,wx = (_weights(box[k], box[k+2], size[k], x.shape[k+2]) for k in (0,1))
-    cols = (x.float() @ wx.mT).round().clamp(0, 255)                   # (B, 3, H, w)
-    return (wy @ cols).round().clamp(0, 255)
+    cols = _cut(x.float() @ wx.mT + 0.5)                               # (B, 3, H, w)
+    return _cut(wy @ cols + 0.5)
 
-# %% ../nbs/19_randaugment.ipynb #bf2ad9e2
-def _cut(x): return x.clamp(0, 255).floor()                            # PIL cuts decimals off
-
+# %% ../nbs/19_randaugment.ipynb #4631454f
 def grey(x:Tensor)->Tensor: # (B, 1, H, W)
     "Luma of (B, 3, H, W), as PIL's `convert('L')`."
     return ((19595*x[:,:1]+38470*x[:,1:2]+7471*x[:,2:]+32768)*2**-16).floor()
@@ -433,7 +433,7 @@ def paper_fast(
     return _some(_straight(x, fill, d, size), turned, 1-max(1-3*p/NONE, 0)**len(d.op),
                  lambda x,fill,*d: _turned(x, fill, size, *d), x, fill, d.box.T, d.flip, d.op.T, d.arg.T)
 
-# %% ../nbs/19_randaugment.ipynb #164c1c7b
+# %% ../nbs/19_randaugment.ipynb #7edce887
 class PaperAugment(DisplayedTransform):
     "The paper's augmentation of a batch: crop, flip, RandAugment, normalisation, random erasing."
     split_idx,order,resizes = 0,5,True
@@ -458,9 +458,13 @@ class PaperAugment(DisplayedTransform):
         if self._compiled is None: self._compiled = torch.compile(self.run, fullgraph=True, dynamic=False)
         return TensorImage(self._compiled(x))
 
+    def decodes(self, x:TensorImage):                                  # back to floats in 0..1, to be shown
+        mean,std = (torch.tensor(s, device=x.device).view(1,3,1,1) for s in imagenet_stats)
+        return TensorImage((x.as_subclass(Tensor).float()*std+mean).clamp(0, 1))
+
     def __getstate__(self): return {**self.__dict__, '_compiled':None}
 
-# %% ../nbs/19_randaugment.ipynb #1bb7cf30
+# %% ../nbs/19_randaugment.ipynb #27842f57
 from fastcore.basics import patch
 
 @patch
@@ -484,10 +488,9 @@ def apply(self:PaperAugment, x:Tensor, d:Draws)->Tensor:
     return torch.where(hole, torch.randn_like(y), y).to(self.dtype)
 
 @patch
-def decodes(self:PaperAugment, x:TensorImage):
-    "Back to floats in 0..1, to be shown."
-    mean,std = (torch.tensor(s, device=x.device).view(1,3,1,1) for s in imagenet_stats)
-    return TensorImage((x.as_subclass(Tensor).float()*std+mean).clamp(0, 1))
+def uncropped(self:PaperAugment):
+    "The same for batches that were cropped and resized before."
+    return PaperAugment(self.size, self.flip, self.mode, self.erase, self.p, False, self.compile, self.dtype)
 
 # %% ../nbs/19_randaugment.ipynb #30542f1f
 def _rate(f, n, device, seconds):
