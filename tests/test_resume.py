@@ -1,7 +1,8 @@
 "Interrupted runs: killed for real and resumed, several processes, half precision, damaged files"
 import json, os, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
-import numpy as np, pytest, torch
+import fastai, numpy as np, pytest, torch
+from PIL import Image
 from torch import nn
 from safetensors.torch import load_file
 from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, accuracy, partial, set_seed
@@ -12,10 +13,18 @@ from vt_drloc.resume import Checkpoints, ResumeError, checkpoints, go_on
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build, precision_on, run_name, train
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-STEPS = 5                                                                  # of an epoch: 1,437 digits in batches of 256
-settings = dict(data='digits', model='demo_cvt', drloc='paper', epochs=2, bs=256, warmup=0, drop_path=.1)   # augmented, mixed, dropped: all that is random
-recipe = Recipe(**settings)
-name = run_name(recipe)
+STEPS = 5                                                                  # of an epoch: 80 images in batches of 16
+name = 'noise-demo_cvt-paper-s0'
+common = dict(model='demo_cvt', drloc='paper', epochs=2, bs=16, size=32, lr=.01, warmup=0, drop_path=.1)   # augmented, mixed, dropped: all that is random
+
+def noise(folder):
+    "A folder of 80 + 24 images of two classes"
+    rng = np.random.RandomState(0)
+    for part,n in (('train',80), ('valid',24)):
+        for i in range(n):
+            (d := folder/part/'ab'[i%2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray((rng.rand(32,32,3)*128 + 127*(i%2)).astype(np.uint8)).save(d/f'{i}.png')
+    return folder
 
 # --- real processes, killed by the operating system
 
@@ -44,7 +53,7 @@ def child(out, kill=None, flush=None, rank=None, port=0, **kw):
         if kill:
             stock = tr.build
             tr.build = lambda *args, **kwargs: stock(*args, **kwargs).add_cb(Kill(*kill))
-        tr.main(**{**settings, **kw}, out=str(out), device='cpu', no_bar=True)
+        tr.main(**{**common, 'data':str(out.parent/'noise'), **kw}, out=str(out), device='cpu', no_bar=True)
         code = 0
     except SystemExit as e: code = 3 if e.code else 0; print(e, file=sys.stderr)
     except BaseException as e: code = 2; print(repr(e), file=sys.stderr)
@@ -67,6 +76,7 @@ kills = dict(before_the_first_checkpoint_is_due=[('after_batch',1)], mid_epoch=[
 def server(path):
     "All runs, forked from one process that has the imports behind it"
     path,res = Path(path),{}
+    noise(path/'noise')
     res['alone'] = wait(child(path/'alone'))
     for k,points in kills.items():
         res[k] = []
@@ -115,7 +125,7 @@ def test_record_says_from_where(runs):
 
 def test_other_settings_are_an_error_that_names_them(runs):
     path,codes,err = runs
-    assert codes['other_lr']==[-9,3] and 'recipe.lr: 0.0005 in the checkpoint, 0.001 now' in err
+    assert codes['other_lr']==[-9,3] and 'recipe.lr: 0.01 in the checkpoint, 0.001 now' in err
     assert checkpoints(path/'other'/name)                                   # nothing was touched
 
 def test_two_processes_killed_and_resumed(runs):
@@ -126,7 +136,7 @@ def test_two_processes_killed_and_resumed(runs):
     assert rec['processes']==2 and len(list((path/'two').iterdir()))==3      # record, weights, MLP: written once
     one = outcome(path/'alone')[2]
     for a,b in zip(rec['epochs'], one['epochs']):
-        assert a['lr']==b['lr'] and abs(a['train_loss']-b['train_loss']) < .1*b['train_loss']   # unscaled, other draws
+        assert a['lr']==b['lr'] and abs(a['train_loss']-b['train_loss']) < .15*b['train_loss']   # unscaled, other draws
 
 # --- in this process: stopped by an exception
 
@@ -137,36 +147,39 @@ class Stop(Callback):
         if self.training and self.train_iter==self.step: raise CancelFitException()
 
 @pytest.fixture
-def stopped(tmp_path):
+def recipe(runs): return Recipe(**common, data=str(runs[0]/'noise'))
+
+@pytest.fixture
+def stopped(tmp_path, recipe):
     "The folder of a run that stopped in its first epoch, with two checkpoints, at steps 2 and 4"
     learn = build(recipe, out=tmp_path, bar=False, device='cpu', save_every='2')
     with learn.no_logging(): learn.fit(recipe.epochs, recipe.lr, cbs=Stop(4))
     assert [f.name for f in checkpoints(tmp_path/name)] == [f'{name}.{s:08d}.ckpt' for s in (4,2)]
     return tmp_path
 
-def resume(path, r=recipe, **kw): return train(r, out=path, bar=False, device='cpu', save_every='2', resume=True, **kw)
+def resume(path, r, **kw): return train(r, out=path, bar=False, device='cpu', save_every='2', resume=True, **kw)
 
-def test_damaged_checkpoints(stopped, runs):
+def test_damaged_checkpoints(stopped, recipe, runs):
     new,old = checkpoints(stopped/name)
     new.write_bytes(new.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match='cut short.*going on from the one before'): learn = resume(stopped)
+    with pytest.warns(UserWarning, match='cut short.*going on from the one before'): learn = resume(stopped, recipe)
     assert same(learn.model.state_dict(), outcome(runs[0]/'alone')[0])
     rec = outcome(stopped)[2]
     assert [r['step'] for r in rec['resumed']]==[2]
 
-def test_no_whole_checkpoint_and_no_code_from_a_file(stopped):
+def test_no_whole_checkpoint_and_no_code_from_a_file(stopped, recipe):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(stopped/'owned'),)
     for f in checkpoints(stopped/name): torch.save(Evil(), f)
-    with pytest.raises(ResumeError, match='no checkpoint of this run is whole.*start anew'): resume(stopped)
+    with pytest.raises(ResumeError, match='no checkpoint of this run is whole.*start anew'): resume(stopped, recipe)
     assert not (stopped/'owned').exists()
 
-def test_beginning_anew_over_a_checkpoint_is_refused(stopped):
+def test_beginning_anew_over_a_checkpoint_is_refused(stopped, recipe):
     with pytest.raises(ResumeError, match='not finished.*resume=True'): train(recipe, out=stopped, bar=False, device='cpu')
 
-@pytest.mark.parametrize('change,match', [('torch','versions.torch: .* in the checkpoint, 9.9 now'), ('threads','OMP_NUM_THREADS'), ('data','data.fingerprint')])
-def test_what_else_must_not_have_changed(stopped, monkeypatch, change, match):
-    if change=='torch': monkeypatch.setattr(torch, '__version__', '9.9')
+@pytest.mark.parametrize('change,match', [('fastai','versions.fastai: .* in the checkpoint, 9.9 now'), ('threads','OMP_NUM_THREADS'), ('data','data.fingerprint')])
+def test_what_else_must_not_have_changed(stopped, recipe, monkeypatch, change, match):
+    if change=='fastai': monkeypatch.setattr(fastai, '__version__', '9.9')
     if change=='threads': monkeypatch.setattr(torch, 'get_num_threads', lambda: 77)
     if change=='data':
         stock = tr.get_dls
@@ -175,23 +188,24 @@ def test_what_else_must_not_have_changed(stopped, monkeypatch, change, match):
             dls.train.dataset.x = dls.train.dataset.x.flip(-1)
             return dls
         monkeypatch.setattr(tr, 'get_dls', get_dls)
-    with pytest.raises(ResumeError, match=match): resume(stopped)
+    with pytest.raises(ResumeError, match=match): resume(stopped, recipe)
 
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path)
-    r = Recipe(**{**settings, 'epochs':1, 'bs':1024, 'drloc':'none'})
+def test_nothing_to_resume(tmp_path, recipe):
+    with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
+    r = Recipe(**{**vars(recipe), 'epochs':1, 'bs':80, 'drloc':'none'})
     train(r, out=tmp_path, bar=False, device='cpu')
     with pytest.raises(ResumeError, match='complete'): resume(tmp_path, r)
     with pytest.raises(ValueError, match='give `out`'): build(r, bar=False, device='cpu', minutes=1.)
 
-def test_time_limit(tmp_path, runs, capsys):
+def test_time_limit(tmp_path, runs, recipe, capsys):
+    settings = dict(common, data=recipe.data)
     tr.main(**settings, out=str(tmp_path), device='cpu', no_bar=True, minutes=1e-6)
     assert 'stopped at step 1, in epoch 1 of 2: time limit' in (said := capsys.readouterr().out) and '--resume' in said
     rec = json.loads((tmp_path/f'{name}.json').read_text())
     assert rec['status']=='cut short' and rec['stopped']['step']==1 and rec['epochs']==[]
     tr.main(**settings, out=str(tmp_path), device='cpu', no_bar=True, minutes=1e-6, resume=True)
     assert json.loads((tmp_path/f'{name}.json').read_text())['stopped']['step']==2
-    learn = resume(tmp_path)
+    learn = resume(tmp_path, recipe)
     (w,_,_),(w2,_,rec) = outcome(runs[0]/'alone'),outcome(tmp_path)
     assert same(w, w2) and rec['status']=='complete' and 'stopped' not in rec and [r['step'] for r in rec['resumed']]==[1,2]
 
@@ -236,6 +250,14 @@ def broken_off_equals_straight(new, tmp_path, step=13, **tol):
 def test_any_optimizer_and_stock_callbacks(opt_func, step, tmp_path):
     at = broken_off_equals_straight(lambda p: learner(p, opt_func=opt_func), tmp_path, step)
     assert at['step'] == step//3*3
+
+def test_compiled(tmp_path):
+    def new(p):
+        learn = learner(p, opt_func=FusedAdamW)
+        learn.model.compile(backend='aot_eager')
+        return learn
+    broken_off_equals_straight(new, tmp_path)
+    torch.compiler.reset()
 
 def test_worker_processes_draw_the_same(tmp_path):
     at = broken_off_equals_straight(lambda p: learner(p, workers=1, noisy=True), tmp_path)
@@ -299,6 +321,13 @@ def test_resume_on_a_gpu(mode, tmp_path):
     broken_off_equals_straight(lambda p: learner(p, half(), opt_func=FusedAdamW, device='cuda'), tmp_path, rtol=1e-3, atol=1e-4)
 
 @cuda
+def test_a_second_fit_on_a_gpu(tmp_path):
+    learn = learner(tmp_path, opt_func=FusedAdamW, device='cuda')
+    learn.fit(1)
+    learn.fit(1)                                                             # the MLP's moments come back beside it
+    assert all(s['step'].device.type=='cuda' and s['step']==16 for s in learn.drloc.opt_state)
+
+@cuda
 def test_fp16_waits_for_nothing(tmp_path):
     class Strict(Callback):
         order = Fp16.order-.1
@@ -310,10 +339,10 @@ def test_fp16_waits_for_nothing(tmp_path):
     finally: torch.cuda.set_sync_debug_mode('default')
 
 @cuda
-def test_fp16_follows_bf16(tmp_path):
+def test_fp16_follows_bf16(tmp_path, recipe):
     curves = {}
     for p in ('bf16','fp16'):
-        r = Recipe(**{**settings, 'epochs':8, 'lr':4e-3, 'precision':p, 'mix':False, 'tfms':'none', 'drop_path':0.})
+        r = Recipe(**{**vars(recipe), 'epochs':8, 'precision':p, 'mix':False, 'tfms':'none', 'drop_path':0.})
         train(r, out=tmp_path/p, bar=False)
         curves[p] = [(e['train_loss'], e['drloc']) for e in json.loads((tmp_path/p/f'{name}.json').read_text())['epochs']]
     assert np.isfinite(curves['fp16']).all() and np.allclose(curves['fp16'], curves['bf16'], rtol=.05)

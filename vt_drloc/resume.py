@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import singledispatch
 from itertools import islice
 import numpy as np, torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
@@ -212,7 +212,7 @@ def read_checkpoint(
     "What `write_checkpoint` wrote, if it is whole"
     try:
         with safe_open(file, 'pt') as f: meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-    except Exception as e: raise ResumeError(f"{file} is damaged or cut short ({e}): remove it") from e
+    except SafetensorError as e: raise ResumeError(f"{file} is damaged or cut short ({e}): remove it") from e
     if not (kind := meta.get('format', '')).startswith('vt_drloc checkpoint'): raise ResumeError(f"{file} is not a checkpoint of a run, but {kind or 'something else'}: remove it from there")
     if kind != 'vt_drloc checkpoint 1': raise ResumeError(f"{file} is of {kind!r}, written by a newer version of vt_drloc: install that one")
     if _digest(tensors, meta['state']) != meta['digest']: raise ResumeError(f"{file} is damaged (its checksum differs): remove it")
@@ -277,7 +277,7 @@ class Checkpoints(Callback):
         minutes:float=None, # stop after this time, with a checkpoint
         keep:int=2 # how many files to keep
     ):
-        store_attr(but='settings,every')
+        self.stem,self.minutes,self.keep = Path(path),minutes,keep
         if minutes is not None and not minutes > 0: raise ValueError(f"minutes={minutes}: must be above 0")
         self.settings,self.began = settings or {},time.monotonic()
         self.steps,self.seconds = interval(every) if every else (None,None)
@@ -293,9 +293,9 @@ def save(self:Checkpoints, epoch, done):
     self.wait()
     self.last = time.monotonic()
     if _rank(): return
-    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self.stem.parent.mkdir(parents=True, exist_ok=True)
     self.pool = ThreadPoolExecutor(1)
-    self.job = self.pool.submit(write_checkpoint, self.path, state, self.keep)
+    self.job = self.pool.submit(write_checkpoint, self.stem, state, self.keep)
     self.pool.shutdown(wait=False)
 
 @patch
@@ -334,7 +334,7 @@ def go_on(
 )->dict: # the position: epoch, batches done, step
     "Prepare a Learner to go on from its newest checkpoint; then call `fit` as the first time"
     cb = learn.checkpoints
-    state,file,passed = newest_checkpoint(cb.path)
+    state,file,passed = newest_checkpoint(cb.stem)
     for why in passed: warn(f'{why}; going on from the one before, {file.name}')
     if diffs := differences(state['settings'], cb.settings):
         raise ResumeError(f"{file} is of another run: " + '; '.join(diffs) + ". Give the same settings again, or start a new run in another folder")
@@ -367,7 +367,7 @@ def _rest_of_epoch(learn, done, now):
 # %% ../nbs/20_resume.ipynb #45c21c9d
 @patch
 def before_fit(self:Checkpoints):
-    self.last,self.path,self.cancelled = time.monotonic(),Path(self.path),False
+    self.last,self.cancelled = time.monotonic(),False
     self.learn._drloc_undo.callback(self.wait)
     if self.state is None:
         if self.first: self.save(0, 0)
@@ -401,4 +401,4 @@ def after_cancel_fit(self:Checkpoints): self.cancelled = True
 def after_fit(self:Checkpoints):
     self.wait()
     if self.cancelled or _rank(): return
-    for file in checkpoints(self.path): file.unlink(missing_ok=True)
+    for file in checkpoints(self.stem): file.unlink(missing_ok=True)

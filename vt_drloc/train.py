@@ -302,6 +302,7 @@ def _save_mlp(mlp, path, recipe):
     path = Path(path); tmp = path.with_suffix('.tmp')
     sd = {k:v.detach().cpu().contiguous() for k,v in mlp.state_dict().items()}
     save_file(sd, tmp, metadata=dict(format='vt_drloc_mlp', args=json.dumps(dict(dim=mlp.dim)), recipe=json.dumps(asdict(recipe))))
+    flush(tmp)
     tmp.replace(path)
 
 class KeepWeights(Callback):
