@@ -49,6 +49,7 @@ def child(out, kill=None, flush=None, rank=None, port=0, **kw):
     if pid := os.fork(): return pid
     try:
         if rank is not None: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        sys.stdout = sys.stderr
         if flush: die_in_flush(flush)
         if kill:
             stock = tr.build
@@ -87,6 +88,7 @@ def server(path):
     res['two'] = wait(*pair(path/'two'))
     pids = pair(path/'two_killed', kill=('after_batch',7), save_every='2')
     res['two_killed'] = wait(*pids) + wait(*pair(path/'two_killed', save_every='2', resume=True))
+    res['two_limited'] = wait(*pair(path/'two_limited', minutes=1e-6)) + wait(*pair(path/'two_limited', resume=True))
     (path/'codes.json').write_text(json.dumps(res))
 
 @pytest.fixture(scope='module')
@@ -137,6 +139,13 @@ def test_two_processes_killed_and_resumed(runs):
     one = outcome(path/'alone')[2]
     for a,b in zip(rec['epochs'], one['epochs']):
         assert a['lr']==b['lr'] and abs(a['train_loss']-b['train_loss']) < .15*b['train_loss']   # unscaled, other draws
+
+def test_time_limit_of_two_processes(runs):
+    "Both stop at the same step, by rank 0's clock; here it is the last one, so that only validation is left"
+    path,codes,err = runs
+    assert codes['two_limited']==[0]*4 and f'stopped at step {2*STEPS}, in epoch 2 of 2' in err, err
+    (w,mlp,_),(w2,mlp2,rec) = outcome(path/'two'),outcome(path/'two_limited')
+    assert same(w, w2) and same(mlp, mlp2) and (rec['resumed'][0]['done'],rec['status'])==(STEPS,'complete')
 
 # --- in this process: stopped by an exception
 
@@ -250,6 +259,14 @@ def broken_off_equals_straight(new, tmp_path, step=13, **tol):
 def test_any_optimizer_and_stock_callbacks(opt_func, step, tmp_path):
     at = broken_off_equals_straight(lambda p: learner(p, opt_func=opt_func), tmp_path, step)
     assert at['step'] == step//3*3
+
+def test_by_the_clock(tmp_path):
+    def new(p):
+        learn = learner(p)
+        learn.checkpoints.steps,learn.checkpoints.seconds = None,1e-6            # due at every step
+        return learn
+    at = broken_off_equals_straight(new, tmp_path)
+    assert at['step']==13
 
 def test_compiled(tmp_path):
     def new(p):

@@ -337,7 +337,7 @@ def go_on(
     state,file,passed = newest_checkpoint(cb.stem)
     for why in passed: warn(f'{why}; going on from the one before, {file.name}')
     if diffs := differences(state['settings'], cb.settings):
-        raise ResumeError(f"{file} is of another run: " + '; '.join(diffs) + ". Give the same settings again, or start a new run in another folder")
+        raise ResumeError(f"{file} is of another run: " + '; '.join(diffs) + ". Give the same settings again (for versions: install those), or start a new run in another folder")
     cb.state,cb.first = state,False
     learn._do_fit = partial(_do_rest, learn, state['at'])
     return state['at']

@@ -256,7 +256,8 @@ class RunRecord(Callback):
             data={k: self.dls.info[k] for k in ('name','n_train','n_valid','size','in_memory')},
             **circumstances(dev), precision=precision_on(self.recipe.precision, dev), processes=world(), runs_on_device=self.beside,
             started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), epochs=[])
-        self.write()
+        cb = getattr(self.learn, 'checkpoints', None)
+        if not (cb and cb.state): self.write()          # a run that goes on has one already
 
     def after_epoch(self):
         names = [n for n in self.recorder.metric_names if n not in ('epoch','time')]
