@@ -260,6 +260,35 @@ def test_any_optimizer_and_stock_callbacks(opt_func, step, tmp_path):
     at = broken_off_equals_straight(lambda p: learner(p, opt_func=opt_func), tmp_path, step)
     assert at['step'] == step//3*3
 
+@pytest.mark.parametrize('step', [10, 14])
+def test_the_order_of_an_epoch_is_kept(step, tmp_path):
+    "Also where a loader would draw another one the second time, as on another kind of GPU; and only for that epoch"
+    orders,deck = [],iter(range(99))
+    class See(Callback):
+        def after_train(self): orders.append(list(self.dls.train.order))
+        after_cancel_train = after_cancel_fit = lambda self: None
+    class Shown(Callback):
+        order = 97
+        def after_cancel_fit(self): orders.append(list(self.dls.train.order))
+    def new():
+        learn = learner(tmp_path, See())
+        learn.dls.train.shuffle_fn = lambda idxs: list(np.random.RandomState(next(deck)).permutation(idxs))
+        return learn
+    new().fit(3, cbs=[Stop(step), Shown()])
+    second = new()
+    at = go_on(second)
+    second.fit(3)
+    begun,rest = orders[1],orders[2:]
+    assert at['epoch']==1 and rest[0]==begun and len(rest)==2 and rest[1]!=begun and sorted(rest[1])==list(range(64))
+
+def test_share_of_an_order_in_a_tensor():
+    from vt_drloc.gpus import share
+    def new(as_tensor, rank):
+        dl = DataLoader(points(), bs=8, drop_last=True)
+        if as_tensor: dl.get_idxs = lambda: torch.arange(64)
+        return share(dl, rank, 2)
+    for r in (0,1): assert list(new(True, r).get_idxs()) == new(False, r).get_idxs()
+
 def test_by_the_clock(tmp_path):
     def new(p):
         learn = learner(p)

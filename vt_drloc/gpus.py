@@ -79,9 +79,10 @@ def share(
     b,steps = bs//n,total//bs
     def get_idxs(self):
         dl.n = total                     # the order is drawn over all images
-        try: idxs = list(whole())
+        try: idxs = whole()
         finally: dl.n = mine
         if not dl.drop_last: return idxs[rank::n]
+        if torch.is_tensor(idxs): return idxs[:steps*bs].view(steps, n, b)[:,rank].flatten()
         return [i for s in range(0, steps*bs, bs) for i in idxs[s+rank*b:s+(rank+1)*b]]
     mine = steps*b if dl.drop_last else len(range(rank, total, n))
     dl.n,dl.bs,dl.get_idxs = mine,b if dl.drop_last else bs,MethodType(get_idxs, dl)

@@ -7,13 +7,14 @@ Docs: https://SET_ME.github.io/vt_drloc/resume.html.md"""
 # %% auto #0
 __all__ = ['generators', 'set_generators', 'progress', 'set_progress', 'snapshot', 'restore', 'pack', 'unpack', 'ResumeError',
            'flush', 'checkpoints', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'differences',
-           'fingerprint', 'interval', 'Checkpoints', 'go_on']
+           'fingerprint', 'interval', 'Checkpoints', 'remembered', 'go_on']
 
 # %% ../nbs/20_resume.ipynb #80f610f6
 import glob, hashlib, json, os, random, re, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import singledispatch
 from itertools import islice
+from types import MethodType
 import numpy as np, torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -120,7 +121,8 @@ def snapshot(
     "Everything that the rest of a fit depends on"
     model,slots,task,device = unwrap(learn.model),_slots(learn.opt),_task(learn),_module(learn)
     own = dict(now=generators(learn), start=start, callbacks={cb.name: p for cb in learn.cbs if (p := progress(cb)) is not None})
-    own = dict(own, pct_train=learn.pct_train, smooth_loss=float(getattr(learn, 'smooth_loss', 0.)))
+    order = getattr(learn.dls.train, 'order', None) if done else None
+    own = dict(own, order=order if order is None else torch.as_tensor(order), pct_train=learn.pct_train, smooth_loss=float(getattr(learn, 'smooth_loss', 0.)))
     state = dict(at=dict(epoch=epoch, done=done, step=learn.train_iter, n_epoch=learn.n_epoch), lr=[h['lr'] for h in learn.opt.hypers], model=model.state_dict(),
                  moments={n: dict(slots[p]) for n,p in model.named_parameters() if p in slots}, task=task and task.state_dict(), own=own)
     state = _on_host(state)
@@ -328,6 +330,23 @@ def after_epoch(self:Checkpoints):
     self.save(self.epoch+1, 0)
     if self.stopped: raise CancelFitException()
 
+# %% ../nbs/20_resume.ipynb #753f4df3
+def remembered(
+    dl, # a fastai `DataLoader`; changed in place
+    order=None # give this one first instead of what is drawn
+):
+    "Let a loader remember the order it gave last, as `dl.order`"
+    if 'order' not in vars(dl):
+        stock,dl.order,dl.next_order = dl.get_idxs,None,None
+        def get_idxs(self):
+            drawn,given = stock(),dl.next_order
+            if given is not None: drawn = given.to(drawn.device) if torch.is_tensor(drawn) else given.tolist()
+            dl.order,dl.next_order = drawn,None
+            return drawn
+        dl.get_idxs = MethodType(get_idxs, dl)
+    if order is not None: dl.next_order = order
+    return dl
+
 # %% ../nbs/20_resume.ipynb #c6095ecc
 def go_on(
     learn:Learner # with a `Checkpoints`, made as the first one was
@@ -352,11 +371,13 @@ def _rest_of_epoch(learn, done, now):
     del learn.all_batches
     dl = learn.dl
     learn.n_iter,stock,workers = len(dl),dl.create_batches,dl.fake_l.num_workers
-    if done == learn.n_iter: return set_generators(learn, now)
+    if done == learn.n_iter:
+        dl.next_order = None
+        return set_generators(learn, now)
     def create_batches(samps):
         del dl.create_batches
         set_generators(learn, now)
-        yield from stock(islice(samps, done*dl.bs, None))
+        yield from stock(samps[done*dl.bs:] if torch.is_tensor(samps) else islice(samps, done*dl.bs, None))
     if not workers: dl.create_batches = create_batches
     batches = enumerate(dl, 0 if workers else done)
     if workers:
@@ -369,6 +390,7 @@ def _rest_of_epoch(learn, done, now):
 def before_fit(self:Checkpoints):
     self.last,self.cancelled = time.monotonic(),False
     self.learn._drloc_undo.callback(self.wait)
+    remembered(self.dls.train)
     if self.state is None:
         if self.first: self.save(0, 0)
         return
@@ -383,7 +405,9 @@ def before_epoch(self:Checkpoints):
 
 @patch
 def before_train(self:Checkpoints):
-    if self.state: self._restore('start')
+    if self.state:
+        remembered(self.dls.train, self.state['own'][_rank()]['order'])
+        self._restore('start')
     self.at_start = generators(self.learn)
 
 @patch
