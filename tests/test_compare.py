@@ -112,6 +112,42 @@ def test_a_failing_contender_leaves_its_error():
     assert rows[0]['error'] == 'RuntimeError: no such thing' and rows[1]['images_per_s'] > 0
     assert rows[1]['low'] <= rows[1]['images_per_s'] <= rows[1]['high'] and rows[1]['peak_bytes'] is None
 
+def test_one_that_fails_later_leaves_its_error():
+    "After some steps, out of memory for example: the others' blocks are still measured"
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.fc,self.left = nn.Linear(3*32*32, 10),5
+        def forward(self, x):
+            self.left -= 1
+            if self.left<0: raise RuntimeError('no\nmemory')
+            return self.fc(x.flatten(1))
+    good = contenders(True, 'demo_cvt')[0][0]
+    rows = measure([(Contender('late', 'nobody', Net, 32, 4, 10),'train','float32',False), (good,'train','float32',False)], 'cpu', 3, 0.)
+    assert [(r['network'],r.get('error')) for r in rows] == [('late','RuntimeError: no memory'), ('demo_cvt',None)]
+    assert rows[1]['blocks'] == 3
+
+def test_who_failed_comes_last(tmp_path):
+    "Started again with the same file; its old error is dropped, since it is tried again"
+    file = tmp_path/'m.json'
+    groups = contenders(True, 'cvt_mini,swin_mini')
+    r = compare.Record(file, 'cpu')
+    first = [[label.split()[0] for label,*_ in compare._todo(groups, r, check, False)] for check in (False,True)]
+    r.data['rows'] += [dict(network='cvt_mini', by='vt_drloc', size=32, batch=4, kind='train', precision='bf16', compiled=False, error='x')]
+    r.data['checks'] += [dict(network='cvt_mini', by='vt_drloc', size=32, batch=4, error='x')]
+    r.write(1.)
+    r = compare.Record(file, 'cpu')
+    then = [[label.split()[0] for label,*_ in compare._todo(groups, r, check, False)] for check in (False,True)]
+    assert r.data['rows'] == r.data['checks'] == []
+    assert first[0][0] == first[1][0] == 'cvt_mini'
+    assert then == [['swin_mini']*3+['cvt_mini']*3, ['swin_mini','cvt_mini']]
+
+@pytest.mark.parametrize('name', compare.RIVALS)
+def test_rivals_have_no_drop_path_either(name):
+    "In training mode two passes of the same batch agree, for ours and for theirs"
+    own,*rivals = contenders(True, name)[0]
+    for c in (own, *rivals):
+        m,x = c.make().train(),torch.randn(2, 3, c.size, c.size)
+        with torch.no_grad(): assert torch.equal(*[compare._logits(m(x)) for _ in range(2)]), str(c)
+
 def test_the_guard_sees_a_difference(monkeypatch):
     "A network whose compiled gradients are wrong is far off; a right one is not"
     class Net(nn.Module):
@@ -122,25 +158,22 @@ def test_the_guard_sees_a_difference(monkeypatch):
     far = [check_gradients(Contender('net', 'vt_drloc', lambda w=w: Net(w), 32, 4, 10), 'cpu') for w in (False, True)]
     assert far[0]['finite'] and far[0]['compiled_vs_eager'] < 1e-6 and far[1]['compiled_vs_eager'] > .1
 
-def _program(file, *args):
-    cmd = [sys.executable, '-m', 'vt_drloc.compare', '--device', 'cpu', '--quick', '--out', str(file), *args]
-    return subprocess.run(cmd, capture_output=True, text=True, timeout=120)
-
-def test_program_writes_a_record(tmp_path):
-    "Quick run on the CPU; a second run measures nothing again; a run without time says what it left out; --check adds"
+def test_program_writes_a_record(tmp_path, capsys):
+    "Without time it says what it left out; started again it measures what is missing, and nothing twice; --check adds"
     file = tmp_path/'sub'/'models.json'
-    out = _program(file, '--only', 'demo_cvt', '--minutes', '0')
-    assert out.returncode == 0, out.stderr
+    cmd = [sys.executable, '-m', 'vt_drloc.compare', '--device', 'cpu', '--quick', '--only', 'demo_cvt', '--minutes', '0', '--out', str(file)]
+    out = subprocess.run(cmd, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0 and 'Traceback' not in out.stderr, out.stderr
     rec = read_record(file)
     assert rec['cut_short'] and len(rec['rows']) == 1 and len(rec['left_out']['rows']) == 2
-    assert _program(file, '--only', 'demo_cvt').returncode == 0
+    assert rec['circumstances']['device'] == 'CPU' and rec['circumstances']['versions']['torch'] == torch.__version__
+    compare.main(out=file, device='cpu', only='demo_cvt', quick=True)
     rec = read_record(file)
     assert not rec['cut_short'] and [(r['kind'],r['compiled']) for r in rec['rows']] == [('train',False),('infer',False),('train',True)]
-    assert rec['circumstances']['device'] == 'CPU' and rec['circumstances']['versions']['torch'] == torch.__version__
-    assert 'Traceback' not in out.stderr
-    assert _program(file, '--only', 'demo_cvt', '--check').returncode == 0
-    rec = read_record(file)
-    assert len(rec['rows']) == 3 and rec['checks'][0]['finite'] and rec['checks'][0]['compiled_vs_eager'] < .01
+    compare.main(out=file, device='cpu', only='demo_cvt', quick=True, check=True)
+    rec,c = read_record(file),read_record(file)['checks'][0]
+    assert len(rec['rows']) == 3 and c['finite'] and 0 < c['compiled_vs_float32'] < 1.5*c['eager_vs_float32'] < .1
+    assert '3 rows, 1 checks, left out: 0' in capsys.readouterr().out
 
 def test_a_record_of_other_circumstances_is_not_mixed(tmp_path):
     "Another revision in the file: an error that names what changed; a foreign file: one that says so"

@@ -108,7 +108,9 @@ HAND = [
     # uniform on -1..1: var 2/3: (1+1)*3/2, mean 3/2; on -2..2: var 2: (1+4)/2. Doubt: 2 * alpha log var
     ('reg', 'released', {}, 1.5 + .002*ln(2/3), 2.5 + .002*ln(2)),
     # absolute, uniform on 0, 1: mu 1/2, var 1/4: each axis of each pair costs 1; on 0..2: mu 1, var 2/3: 0 + 1*3/2
-    ('reg', 'released', dict(signed=False), 2 + .002*ln(1/4), 1.5 + .002*ln(2/3))]
+    ('reg', 'released', dict(signed=False), 2 + .002*ln(1/4), 1.5 + .002*ln(2/3)),
+    # absolute, uniform on 0..2: mu 1, var 2/3: (0 + 0) and (1 + 1)*3/2, mean 3/2; on 0..3: mu 3/2, var 5/4: (1/4 + 1/4)*4/5
+    ('reg', 'paper', dict(signed=False), 1.5 + .001*ln(2/3), .4 + .001*ln(5/4))]
 
 @pytest.mark.parametrize('variant,preset,kw,two,three', HAND)
 def test_by_hand_with_a_silent_mlp(variant, preset, kw, two, three):
@@ -178,7 +180,7 @@ def test_defaults_are_drlocloss():
 def test_table_names_every_option():
     named = {o for r in PRESET_TABLE for o in r['option'].replace(',', ' ').split()}
     assert set(PRESETS['paper']) == set(PRESETS['released']) and set(PRESETS['paper']) <= named
-    assert named - set(PRESETS['paper']) == {'signed','reduction','tap'}
+    assert named - set(PRESETS['paper']) == {'signed','reduction'}
     assert all(set(r) == {'point','paper','released','option'} and all(r.values()) for r in PRESET_TABLE)
 
 @pytest.mark.parametrize('variant,option', [(v,o) for v in ONE for o in ('scale','shift','axes','layers','trunk','classes','log') if o!='trunk' or v in ('ce','reg')])
@@ -352,6 +354,32 @@ def test_gradient_reaches_the_backbone_through_both_cells(variant, preset):
     assert [r.nonzero().flatten().tolist() for r in touched] == [[1,20],[0,48]]
     assert backbone.weight.grad.abs().sum() > 0
     assert all(q.grad.abs().sum() > 0 for q in fam.parameters() if q.ndim > 1)   # (an L1's signs may cancel in a bias)
+
+@pytest.mark.parametrize('variant,preset', both)
+@quick
+@given(sides, seeds)
+def test_gradient_reaches_both_cells_of_any_pair_and_no_other(variant, preset, hw, seed):
+    h, w = hw
+    grid, p = torch.randn(2, 4, h, w, generator=gen(seed)).requires_grad_(), draw_pairs(2, 1, h, w, generator=gen(seed), identical=False)
+    family(variant, preset, k=hw, hidden=64)(grid, pairs=p).backward()
+    touched = grid.grad.abs().sum(1).flatten(1) > 0
+    assert [r.nonzero().flatten().tolist() for r in touched] == [sorted(q) for q in p[:,0].tolist()]
+
+@pytest.mark.parametrize('preset', list(PRESETS))
+@quick
+@given(seeds, st.floats(-3, 3))
+def test_all_has_the_properties_of_its_parts(preset, seed, power):
+    "Permuting the pairs leaves it, float32 and finite under autocast, and the gradient reaches both cells of a pair on each grid"
+    fam = family('all', preset, dim=[3,4])
+    grids = [(torch.randn(2, D, k, k, generator=gen(seed)).clamp(-1, 1)*10**power).bfloat16().requires_grad_() for D,k in ((3,8),(4,7))]
+    pairs = [draw_pairs(2, 2, k, k, generator=gen(seed), identical=False) for k in (8,7)]
+    with torch.autocast('cpu', dtype=torch.bfloat16): low = fam(grids, pairs=pairs)
+    assert low.dtype == torch.float32 and low.isfinite() and low >= 0
+    torch.testing.assert_close(fam([g.detach() for g in grids], pairs=[p.flip(1) for p in pairs]), low.detach(), rtol=1e-4, atol=1e-5)
+    low.backward()
+    for g,p in zip(grids, pairs):
+        touched = g.grad.float().abs().sum(1).flatten(1) > 0
+        assert g.grad.isfinite().all() and [set(r.nonzero().flatten().tolist()) for r in touched] == [set(q.flatten().tolist()) for q in p]
 
 @pytest.mark.parametrize('variant,preset', both)
 def test_gradient_is_right(variant, preset):
@@ -566,6 +594,21 @@ def test_resumes_exactly(variant, preset, tmp_path):
     first.save('mid')
     second.load('mid').fit(1)
     assert same(weights(straight.model), weights(second.model)) and same(mlp(straight), mlp(second))
+
+def test_released_takes_swins_grid_before_its_last_norm():
+    from vt_drloc.hybrid import as_backbone, cvt_mini
+    from vt_drloc.swin import swin_mini
+    torch.manual_seed(0)
+    swin, x = swin_mini(10).eval(), torch.randn(2, 3, 32, 32)
+    where = lambda **kw: drloc_callback(**{'model':swin, **kw}).where
+    assert where() is where(preset='released', swin_norm=True) is where(preset='released', model=cvt_mini(10)) is where(preset='released', model=None) is None
+    assert where(preset='released', tap='patch_embed') == 'patch_embed' and where(swin_norm=False) == 'layers'
+    def grid(tap):
+        bb = as_backbone(swin, tap)
+        with torch.no_grad(): return bb.grid(bb.forward_features(x), (32,32))
+    with torch.no_grad(): before = swin.layers(swin.patch_embed(x))
+    assert torch.equal(grid(where(preset='released')).permute(0,2,3,1), before) and torch.equal(grid(where()).permute(0,2,3,1), swin.norm(before).detach())
+    assert not torch.allclose(grid('layers'), grid(None))
 
 def test_sidecar_of_another_loss_is_refused(tmp_path):
     a = learner(callback('signed'), path=tmp_path)

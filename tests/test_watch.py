@@ -12,7 +12,7 @@ from vt_drloc.callback import DrlocCallback
 from vt_drloc.hybrid import as_backbone, cvt_mini
 from vt_drloc.loss import DrlocLoss, best_guess
 from vt_drloc.pairs import all_pairs
-from vt_drloc.variants import VARIANTS, DrlocFamily, best_constant, drloc_callback
+from vt_drloc.variants import VARIANTS, DrlocFamily, best_constant, draw_pairs, drloc_callback
 from vt_drloc.vit import vit_mini
 from vt_drloc.watch import *
 
@@ -167,6 +167,14 @@ def test_the_same_pairs_make_the_constants_share_exact():
     "On a few drawn pairs too, though their own median is another"
     fam,pairs = guesser('drloc', 4, 4),torch.tensor([[[0,15],[3,12],[0,14]]])
     assert summary(judge(fam, torch.randn(1,4,4,4), pairs))[0]['explained'] == pytest.approx(0, abs=1e-6)
+
+def test_guessing_without_identical_pairs():
+    "2 x 2: of 12 pairs of two cells, 8 lie a row apart and 4 do not, so the median is 1 and off by 1/3; with the 4 identical ones it is 0 and off by 1/2"
+    loss = Says(lambda t: torch.ones_like(t))
+    for identical,error,share in ((False,1/3,0), (True,.5,0)):
+        loss.identical = identical
+        got,guess = summary(judge(loss, torch.zeros(1,1,2,2), draw_pairs(1, 1, 2, 2, exhaustive=True, identical=identical)))
+        assert (guess['row'],guess['col']) == pytest.approx((error,error)) and got['explained'] == pytest.approx(share, abs=1e-6)
 
 @pytest.mark.parametrize('variant,signed', [('drloc',False), ('signed',True), ('all',False), ('reg',True)])
 def test_perfect_answers_explain_all(variant, signed):

@@ -184,7 +184,7 @@ def _join(self:DrlocCallback):
     old = self.opt_state if self.opt_state and _has_moments(opt) else [{} for _ in self.mlp_params]
     for p,s in zip(self.mlp_params, old):
         opt.param_lists[-1].append(p)
-        if s: _slots(opt)[p] = _moved(s, p, opt.param_groups[-1])
+        if s: _slots(opt)[p] = _moved(s, p, opt.param_groups[-1] if isinstance(opt, OptimWrapper) else dict(fused=True))
         opt.state[p] = {**opt.state.get(p, {}), 'do_wd': p.ndim>1}
 
 @patch
@@ -266,6 +266,13 @@ def _columns(self:DrlocCallback):
 
 @patch
 def before_train(self:DrlocCallback): self.steps,self.sums = 0,0.
+
+@patch
+def after_train(self:DrlocCallback):
+    "The columns' means are over all processes"
+    if not (_in_group() and self.steps): return
+    torch.distributed.all_reduce(self.sums)
+    self.sums = self.sums/torch.distributed.get_world_size()
 
 # %% ../nbs/07_callback.ipynb #1ffa1d88
 @patch

@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED', 'RIVALS', 'multiply_adds', 'activations', 'costs', 'fina
            'Bench', 'measure', 'check_gradients', 'cases', 'Record', 'read_record', 'main']
 
 # %% ../nbs/18_compare.ipynb #f440a1d3
-import gc, json, os, platform, subprocess, time
+import gc, json, os, platform, subprocess, time, traceback
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +115,7 @@ def reach(
     return g[0].abs().sum(0)>0
 
 # %% ../nbs/18_compare.ipynb #a8e7f106
-@dataclass
+@dataclass(frozen=True)
 class Contender:
     "One network of one package at one size"
     name:str # Name of our network of this architecture
@@ -129,15 +129,18 @@ class Contender:
 
 def _timm(name, classes):
     import timm
-    return timm.create_model(name, num_classes=classes)
+    return timm.create_model(name, num_classes=classes, drop_path_rate=0.)
 
 def _torchvision(name, classes):
     import torchvision
-    return torchvision.models.get_model(name, weights=None, num_classes=classes)
+    model = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    for m in model.modules():
+        if isinstance(m, torchvision.ops.StochasticDepth): m.p = 0.
+    return model
 
 def _transformers_cvt(name, classes):
     from transformers import CvtConfig, CvtForImageClassification
-    return CvtForImageClassification(CvtConfig(num_labels=classes))
+    return CvtForImageClassification(CvtConfig(num_labels=classes, drop_path_rate=[0.]*3))
 
 # %% ../nbs/18_compare.ipynb #bf379d09
 RIVALS = {'swin_t': [('timm',_timm,'swin_tiny_patch4_window7_224'), ('torchvision',_torchvision,'swin_t')],
@@ -192,9 +195,9 @@ class Bench:
         if compiled: self._compile()
 
     def _compile(self):
-        "Inductor on a GPU; on a CPU only the tracing, since its compiler takes minutes"
+        "Inductor on a GPU; on a CPU all but its compiler, which takes minutes"
         torch._dynamo.reset()
-        self.model.compile(backend='inductor' if self.cuda else 'aot_eager', fullgraph=self.c.by=='vt_drloc', dynamic=False)
+        self.model.compile(backend='inductor' if self.cuda else 'aot_eager_decomp_partition', fullgraph=self.c.by=='vt_drloc', dynamic=False)
 
 # %% ../nbs/18_compare.ipynb #a679c7df
 @patch
@@ -255,7 +258,9 @@ def _key(r): return tuple(r[k] for k in ('network','by','size','batch','kind','p
 def _case_key(c, kind, precision, compiled): return c.name,c.by,c.size,c.batch,kind,precision,compiled
 
 def _error(c, e, **kw):
-    text = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
+    "A row for one that failed; the whole story goes to the screen"
+    traceback.print_exception(e)
+    text = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
     return dict(network=c.name, by=c.by, size=c.size, batch=c.batch, **kw, error=text)
 
 def measure(
@@ -265,13 +270,18 @@ def measure(
     seconds:float=.2, # Wanted length of a block
 )->list: # one dict a case
     "Throughput and peak memory of several networks, block by block in turns"
-    ready,rows = [],[]
-    for c,kind,precision,compiled in cases:
-        try: ready.append(Bench(c, device, kind, precision, compiled).warm_up(seconds, 5 if seconds else 1))
-        except Exception as e: rows.append(_error(c, e, kind=kind, precision=precision, compiled=compiled))
-    secs = [[b.block(b.n) for b in ready] for _ in range(blocks)]
-    rows += [b.row([s[i] for s in secs]) for i,b in enumerate(ready)]
-    del ready
+    benches,secs,rows = {},{case:[] for case in cases},[]
+    def attempt(case, f):
+        try: return f()
+        except Exception as e: rows.append(_error(case[0], e, **dict(zip(('kind','precision','compiled'), case[1:]))))
+    for case in cases: benches[case] = attempt(case, lambda: Bench(case[0], device, *case[1:]).warm_up(seconds, 5 if seconds else 1))
+    for _ in range(blocks):
+        for case in [o for o in cases if benches[o]]:
+            t = attempt(case, lambda: benches[case].block(benches[case].n))
+            if t is None: benches[case] = None
+            else: secs[case].append(t)
+    rows += [b.row(secs[case]) for case,b in benches.items() if b]
+    benches.clear()
     _tidy(device)
     return rows
 
@@ -279,7 +289,7 @@ def _tidy(device):
     "Give the memory back"
     gc.collect()
     torch._dynamo.reset()
-    if torch.device(device).type=='cuda': torch.cuda.empty_cache()
+    if torch.device(device).type=='cuda' and _alive(device): torch.cuda.empty_cache()
 
 # %% ../nbs/18_compare.ipynb #c5ea0c7d
 def _gradient(b):
@@ -359,10 +369,11 @@ class Record:
         if changed := [k for k,v in self.data['circumstances'].items() if k!='date' and old['circumstances'].get(k)!=v]:
             raise ValueError(f"{self.file} was made under another {changed[0]}: give another --out, or remove it")
         self.data = old
+        self.failed = {(r['network'],r['by']) for k in ('rows','checks') for r in old[k] if 'error' in r}
         for k in ('rows','checks'): self.data[k] = [r for r in old[k] if 'error' not in r]
         self.past = old['seconds']
 
-    past = 0.
+    past,failed = 0.,frozenset()
     def write(self, seconds):
         "Replace the file in one step"
         self.data['seconds'] = round(self.past+seconds, 1)
@@ -384,13 +395,15 @@ def read_record(
     return data
 
 def _todo(groups, record, check, more):
-    "(label, function that returns a list of rows, where they go) for what the record lacks"
+    "(label, part of the record, contenders or cases) for what the record lacks; who failed before comes last"
+    late = lambda c: (c.name,c.by) in record.failed
     if check:
         own = [c for g in groups for c in g if c.by=='vt_drloc']
         done = {r['network'] for r in record.data['checks']}
-        return [(f'{c} check', 'checks', [c]) for c in sorted(own, key=lambda c: c.size) if c.name not in done]
+        return [(f'{c} check', 'checks', [c]) for c in sorted(own, key=lambda c: (late(c),c.size)) if c.name not in done]
     done = {_key(r) for r in record.data['rows']}
     todo = [[o for o in g if _case_key(*o) not in done] for g in cases(groups, more)]
+    todo = [[o for o in g if late(o[0])==l] for l in (False,True) for g in todo]
     return [(', '.join(str(o[0]) for o in g) + f" {g[0][1]} {g[0][2]}{' compiled'*g[0][3]}", 'rows', g) for g in todo if g]
 
 # %% ../nbs/18_compare.ipynb #9969b205
@@ -404,6 +417,11 @@ def _said(r):
 def _check(cs, device):
     try: return [check_gradients(cs[0], device)]
     except Exception as e: return [_error(cs[0], e)]
+
+def _alive(device):
+    "Does the device still answer? Some errors end it for the whole process"
+    try: return torch.ones(1, device=device).item()==1
+    except Exception: return False
 
 # %% ../nbs/18_compare.ipynb #4aee53bb
 @call_parse
@@ -432,5 +450,6 @@ def main(
         left[where],longest = left[where][1:],max(longest, spent()-t)
         record.write(spent())
         print(f'{spent():6.0f} s  {label}', *map(_said, found), sep='\n          ', flush=True)
+        if not _alive(device): raise SystemExit(f"the device stopped answering in: {label}. Start again with the same --out: the others come first")
     record.write(spent())
     print(f"{record.file}: {len(record.data['rows'])} rows, {len(record.data['checks'])} checks, left out: {len(left['rows'])+len(left['checks'])}")

@@ -56,7 +56,7 @@ def images_for(
     data=None, # data set or folder; `None`: the one it was trained on
     heldout:int=None, # judge on held-out training images; `None`: as in the training
     path=None, # where the data lies
-    bs:int=250, # images a batch
+    bs:int=250, # images a batch, or all if they are fewer
     device=None, # 'cuda', 'cpu'
 )->DataLoaders:
     "The images that a checkpoint is judged on"
@@ -64,7 +64,8 @@ def images_for(
     data = data or r.get('data')
     if not data: raise DataError("the checkpoint does not say what it was trained on: name it, as in `data='cifar10'`")
     heldout = heldout if heldout is not None else r.get('heldout', 0) if data==r.get('data') else 0
-    return get_dls(data, bs=bs, size=_size(head), device=device, heldout=heldout, path=path)
+    n_train = len(open_data(data, path)[0])-heldout
+    return get_dls(data, bs=max(1, min(bs, n_train)), size=_size(head), device=device, heldout=heldout, path=path)
 
 # %% ../nbs/17_evaluate.ipynb #babb7a51
 def check_record(
@@ -142,4 +143,4 @@ def eval_main(
     except (ValueError, RuntimeError, OSError) as e: sys.exit(f'vt_drloc_eval: {e}')
     print(f"{res['data']}: {100*res['accuracy']:.2f} % of {res['n']:,} images right, cross-entropy {res['loss']:.4f}")
     print('no record of this checkpoint on these images was found' if res['record'] is None else
-          f"its record says {100*res['record']:.2f} %, a difference of {100*(res['accuracy']-res['record']):+.2f}")
+          f"its record says {100*res['record']:.2f} %, a difference of {round(100*(res['accuracy']-res['record']), 2)+0.:+.2f}")

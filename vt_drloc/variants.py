@@ -134,10 +134,10 @@ class OffsetMLP(nn.Sequential):
 PRESETS = dict(
     paper = dict(
         scale='k', shift=False, axes='sum', layers=2, trunk=False, classes='2k+1', class_grid='pooled',
-        log='sigma', alpha=1e-3, eps=1e-8, pooling='2x2', square=False, after='blocks', schedule='constant'),
+        log='sigma', alpha=1e-3, eps=1e-8, pooling='2x2', square=False, after='blocks', schedule='constant', swin_norm=True),
     released = dict(
         scale='raw', shift=True, axes='mean', layers=3, trunk=True, classes='2k-1', class_grid='given',
-        log='sigma2', alpha=1e-3, eps=1e-8, pooling='3x3', square=True, after='stages', schedule='ramp_decay'))
+        log='sigma2', alpha=1e-3, eps=1e-8, pooling='3x3', square=True, after='stages', schedule='ramp_decay', swin_norm=False))
 
 _VALUES = dict(scale=['k','raw','k-1'], axes=['sum','mean'], classes=['2k+1','2k-1'], class_grid=['pooled','given'],
     log=['sigma','sigma2'], pooling=['2x2','3x3'], after=['blocks','stages'], schedule=['constant','ramp_decay','cos','lin'])
@@ -157,7 +157,7 @@ lambda | constant | ramp over 20 epochs, then linear decay to 0 at epoch 300 | s
 pooling of 14 x 14 | 2 x 2 average | 3 x 3, stride 2, padding 1, padding not counted | pooling
 L^all | after every block | after every stage | after
 grids | k x k | rows found by the height: right for square grids alone, so others are refused | square
-which grid | final embeddings | Swin: before the last norm; T2T: after it; CvT: has none | tap'''
+which grid | final embeddings | Swin: before the last norm; T2T: after it; CvT: has none | swin_norm'''
 
 PRESET_TABLE = [dict(zip(('point','paper','released','option'), map(str.strip, r.split('|')))) for r in _ROWS.strip().splitlines()]
 
@@ -218,7 +218,7 @@ def draw_pairs(
     new['generator'] = generator
     return _other(torch.randint(n, (B,m), **new), torch.randint(n-1, (B,m), **new))
 
-# %% ../nbs/14_variants.ipynb #6b3c4137
+# %% ../nbs/14_variants.ipynb #6533e54b
 _reductions = dict(mean=torch.mean, sum=torch.sum)
 
 class _PerGrid(nn.ModuleList):
@@ -226,6 +226,7 @@ class _PerGrid(nn.ModuleList):
     @property
     def dim(self): return [f.dim for f in self]
 
+# %% ../nbs/14_variants.ipynb #6b3c4137
 class DrlocFamily(nn.Module):
     "Any of the five losses, with the options of either preset; called as `DrlocLoss`"
     def __init__(self,
@@ -254,8 +255,10 @@ class DrlocFamily(nn.Module):
             if seed is not None: torch.default_generator.manual_seed(seed)
             self.mlp = self._make_mlp(dim, hidden)
 
-    def extra_repr(self):
-        return f"{self.variant!r}, {self.preset!r}, m={self.m}, reduction={self.reduction!r}, pool={self.pool!r}"
+# %% ../nbs/14_variants.ipynb #73d5eaa1
+@patch
+def extra_repr(self:DrlocFamily):
+    return f"{self.variant!r}, {self.preset!r}, m={self.m}, reduction={self.reduction!r}, pool={self.pool!r}"
 
 # %% ../nbs/14_variants.ipynb #d6d06704
 @patch
@@ -294,6 +297,7 @@ def true_cells(self:DrlocFamily,
     d = signed_offsets(pairs, w).to(dtype)
     return d if self.signed else d.abs()
 
+# %% ../nbs/14_variants.ipynb #3a14dbae
 @patch
 def axis_costs(self:DrlocFamily, out, cells, h, w): # (B, m, outputs), (B, m, 2) -> (B, m, 2)
     "The price of every pair on each axis: Eq. 2 or 3, Eq. 5, or Eq. 6"
@@ -304,6 +308,7 @@ def axis_costs(self:DrlocFamily, out, cells, h, w): # (B, m, outputs), (B, m, 2)
     logits = out.split([C for _,C in axes], -1)
     return torch.stack([price(l, c, first) for l,c,(first,_) in zip(logits, cells.unbind(-1), axes)], -1)
 
+# %% ../nbs/14_variants.ipynb #fbf495f6
 @patch
 def per_image(self:DrlocFamily,
     out:torch.Tensor, # (B, m, outputs) what the MLP said
@@ -335,6 +340,7 @@ def _answers(self:DrlocFamily, grid, pairs, mlp=None):
                          f"use DrlocFamily(dim={grid.shape[1]})")
     return predict_pairs(mlp, grid, pairs)
 
+# %% ../nbs/14_variants.ipynb #fc3de618
 @patch
 def _one_grid(self:DrlocFamily, mlp, grid, generator, pairs):
     with torch.autocast(grid.device.type, enabled=False):
@@ -475,7 +481,7 @@ def drloc_callback(
     preset:str='paper', # 'paper' or 'released'
     lambda_drloc=.1, # The weight: a number, which follows the preset's schedule, or a function of the share of training
     tap=None, # As for `DrlocCallback`; for 'all' a list of names
-    model:nn.Module=None, # For 'all' without `tap`: the model whose blocks or stages are tapped
+    model:nn.Module=None, # Without `tap`: the model, for 'all' and for where the preset wants a Swin tapped
     epochs:int=101, # Length of the run, for the released schedule
     m:int=64, # Pairs drawn for each image
     hidden:int=512, # Width of the MLP's hidden layers
@@ -490,6 +496,7 @@ def drloc_callback(
     if variant=='all' and tap is None:
         if model is None: raise ValueError("variant='all' taps several places: give tap=['...', ...], or model= to find them")
         tap = tap_names(model, chosen['after'])
+    if tap is None and not chosen['swin_norm'] and type(model).__name__=='Swin': tap = 'layers'   # before its last norm
     lam = lambda_drloc
     if not callable(lam) and chosen['schedule']!='constant': lam = lambda_schedule(lam, chosen['schedule'], epochs)
     return DrlocCallback(lam, m, hidden, reduction, seed, tap, partial(DrlocFamily, variant=variant, preset=preset, **options))

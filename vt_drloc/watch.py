@@ -340,6 +340,7 @@ def before_validate(self:ShowDrloc):
 def after_pred(self:ShowDrloc):
     if self.image is None and _due(self) and self.iter==0: self._look(self.xb[0][:1])
 
+# %% ../nbs/16_watch.ipynb #cc317613
 @patch
 def after_validate(self:ShowDrloc):
     "Update the figure on the screen"

@@ -1,0 +1,405 @@
+"Interrupted runs: killed for real and resumed, several processes, half precision, damaged files"
+import json, os, signal, socket, subprocess, sys, time, warnings
+from pathlib import Path
+import fastai, numpy as np, pytest, torch
+from PIL import Image
+from torch import nn
+from safetensors.torch import load_file
+from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, accuracy, partial, set_seed
+import vt_drloc.resume as mod
+import vt_drloc.train as tr
+from vt_drloc.callback import DrlocCallback
+from vt_drloc.resume import Checkpoints, ResumeError, checkpoints, go_on
+from vt_drloc.train import Fp16, FusedAdamW, Recipe, build, precision_on, run_name, train
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+STEPS = 5                                                                  # of an epoch: 80 images in batches of 16
+name = 'noise-demo_cvt-paper-s0'
+common = dict(model='demo_cvt', drloc='paper', epochs=2, bs=16, size=32, lr=.01, warmup=0, drop_path=.1)   # augmented, mixed, dropped: all that is random
+
+def noise(folder):
+    "A folder of 80 + 24 images of two classes"
+    rng = np.random.RandomState(0)
+    for part,n in (('train',80), ('valid',24)):
+        for i in range(n):
+            (d := folder/part/'ab'[i%2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray((rng.rand(32,32,3)*128 + 127*(i%2)).astype(np.uint8)).save(d/f'{i}.png')
+    return folder
+
+# --- real processes, killed by the operating system
+
+class Kill(Callback):
+    "SIGKILL to the own process: no handler, no `finally`, no buffer gets its turn"
+    order = 100
+    def __init__(self, event, at): self.at = at; setattr(self, event, self._kill)
+    def _kill(self):
+        if self.train_iter==self.at: os.kill(os.getpid(), signal.SIGKILL)
+
+def die_in_flush(n):
+    "Kill at the n-th flush from now: the file is written, but has not its name yet"
+    stock,count = mod.flush,[0]
+    def flush(path):
+        stock(path)
+        count[0] += 1
+        if count[0]==n: os.kill(os.getpid(), signal.SIGKILL)
+    mod.flush = flush
+
+def child(out, kill=None, flush=None, rank=None, port=0, **kw):
+    "A process that runs the console script; its id"
+    if pid := os.fork(): return pid
+    try:
+        if rank is not None: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        sys.stdout = sys.stderr
+        if flush: die_in_flush(flush)
+        if kill:
+            stock = tr.build
+            tr.build = lambda *args, **kwargs: stock(*args, **kwargs).add_cb(Kill(*kill))
+        tr.main(**{**common, 'data':str(out.parent/'noise'), **kw}, out=str(out), device='cpu', no_bar=True)
+        code = 0
+    except SystemExit as e: code = 3 if e.code else 0; print(e, file=sys.stderr)
+    except BaseException as e: code = 2; print(repr(e), file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(code)
+
+def wait(*pids):
+    "0 for each that ended well, -9 for each that was killed"
+    return [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]
+
+def pair(out, **kw):
+    "Two processes of one group"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    return [child(out, rank=r, port=port, **kw) for r in (0,1)]
+
+kills = dict(before_the_first_checkpoint_is_due=[('after_batch',1)], mid_epoch=[('after_batch',3)], in_a_backward_pass=[('after_backward',7)],
+             before_validation=[('before_validate',STEPS)], at_the_end_of_an_epoch=[('after_epoch',STEPS)], in_the_last_validation=[('after_validate',2*STEPS)],
+             twice=[('after_batch',4), ('after_batch',8)])
+
+def server(path):
+    "All runs, forked from one process that has the imports behind it"
+    path,res = Path(path),{}
+    noise(path/'noise')
+    res['alone'] = wait(child(path/'alone'))
+    for k,points in kills.items():
+        res[k] = []
+        for i,p in enumerate(points): res[k] += wait(child(path/k, kill=p, save_every='2', resume=i>0))
+        res[k] += wait(child(path/k, save_every='2', resume=True))
+    res['in_a_write'] = wait(child(path/'in_a_write', flush=5, save_every='2')) + wait(child(path/'in_a_write', save_every='2', resume=True))
+    res['other_lr'] = wait(child(path/'other', kill=('after_batch',3), save_every='2')) + wait(child(path/'other', save_every='2', resume=True, lr=1e-3))
+    res['two'] = wait(*pair(path/'two'))
+    pids = pair(path/'two_killed', kill=('after_batch',7), save_every='2')
+    res['two_killed'] = wait(*pids) + wait(*pair(path/'two_killed', save_every='2', resume=True))
+    res['two_limited'] = wait(*pair(path/'two_limited', minutes=1e-6)) + wait(*pair(path/'two_limited', resume=True))
+    (path/'codes.json').write_text(json.dumps(res))
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    path = tmp_path_factory.mktemp('killed')
+    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
+    res = subprocess.run([sys.executable, '-c', f"import test_resume as t; t.server({str(path)!r})"], cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=900)
+    if res.returncode: pytest.fail(res.stderr[-3000:], pytrace=False)
+    return path,json.loads((path/'codes.json').read_text()),res.stderr
+
+def outcome(folder):
+    "Weights, the MLP's weights and the record of a run"
+    return load_file(folder/f'{name}.safetensors'),load_file(folder/f'{name}.mlp.safetensors'),json.loads((folder/f'{name}.json').read_text())
+
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+times = {'started','wall_s','images_per_s','resumed'}
+def timeless(x):
+    if isinstance(x, dict): return {k: timeless(v) for k,v in x.items() if k not in times}
+    return [timeless(v) for v in x] if isinstance(x, list) else x
+
+@pytest.mark.parametrize('where', [*kills, 'in_a_write'])
+def test_killed_and_resumed_is_never_interrupted(runs, where):
+    path,codes,err = runs
+    assert codes['alone']==[0] and codes[where]==[-9]*(len(codes[where])-1)+[0], err
+    (w,mlp,rec),(w2,mlp2,rec2) = outcome(path/'alone'),outcome(path/where)
+    assert same(w, w2) and same(mlp, mlp2)
+    assert timeless(rec)==timeless(rec2) and rec2['status']=='complete' and 'resumed' not in rec
+    assert len(rec2['resumed'])==len(codes[where])-1
+    for r in rec2['resumed']: assert {'epoch','done','step','started','revision'} <= set(r) and r['step'] == r['epoch']*STEPS+r['done']
+    assert not list((path/where).glob('*.ckpt*')) and not list((path/where).glob('*.tmp'))
+
+def test_record_says_from_where(runs):
+    path,_,_ = runs
+    at = {k: [r['step'] for r in outcome(path/k)[2]['resumed']] for k in ('before_the_first_checkpoint_is_due','mid_epoch','twice')}
+    assert at['before_the_first_checkpoint_is_due']==[0] and at['mid_epoch'][0] in (0,2) and at['twice'][1] in (4,6)   # the write may have been under way
+
+def test_other_settings_are_an_error_that_names_them(runs):
+    path,codes,err = runs
+    assert codes['other_lr']==[-9,3] and 'recipe.lr: 0.01 in the checkpoint, 0.001 now' in err
+    assert checkpoints(path/'other'/name)                                   # nothing was touched
+
+def test_two_processes_killed_and_resumed(runs):
+    path,codes,err = runs
+    assert codes['two']==[0,0] and sorted(codes['two_killed'][:2])==[-9,-9] and codes['two_killed'][2:]==[0,0], err
+    (w,mlp,rec),(w2,mlp2,rec2) = outcome(path/'two'),outcome(path/'two_killed')
+    assert same(w, w2) and same(mlp, mlp2) and timeless(rec)==timeless(rec2)
+    assert rec['processes']==2 and len(list((path/'two').iterdir()))==3      # record, weights, MLP: written once
+    one = outcome(path/'alone')[2]
+    for a,b in zip(rec['epochs'], one['epochs']):
+        assert a['lr']==b['lr'] and abs(a['train_loss']-b['train_loss']) < .15*b['train_loss']   # unscaled, other draws
+
+def test_time_limit_of_two_processes(runs):
+    "Both stop at the same step, by rank 0's clock; here it is the last one, so that only validation is left"
+    path,codes,err = runs
+    assert codes['two_limited']==[0]*4 and f'stopped at step {2*STEPS}, in epoch 2 of 2' in err, err
+    (w,mlp,_),(w2,mlp2,rec) = outcome(path/'two'),outcome(path/'two_limited')
+    assert same(w, w2) and same(mlp, mlp2) and (rec['resumed'][0]['done'],rec['status'])==(STEPS,'complete')
+
+# --- in this process: stopped by an exception
+
+class Stop(Callback):
+    order = 100
+    def __init__(self, step): self.step = step
+    def after_batch(self):
+        if self.training and self.train_iter==self.step: raise CancelFitException()
+
+@pytest.fixture
+def recipe(runs): return Recipe(**common, data=str(runs[0]/'noise'))
+
+@pytest.fixture
+def stopped(tmp_path, recipe):
+    "The folder of a run that stopped in its first epoch, with two checkpoints, at steps 2 and 4"
+    learn = build(recipe, out=tmp_path, bar=False, device='cpu', save_every='2')
+    with learn.no_logging(): learn.fit(recipe.epochs, recipe.lr, cbs=Stop(4))
+    assert [f.name for f in checkpoints(tmp_path/name)] == [f'{name}.{s:08d}.ckpt' for s in (4,2)]
+    return tmp_path
+
+def resume(path, r, **kw): return train(r, out=path, bar=False, device='cpu', save_every='2', resume=True, **kw)
+
+def test_damaged_checkpoints(stopped, recipe, runs):
+    new,old = checkpoints(stopped/name)
+    new.write_bytes(new.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match='cut short.*going on from the one before'): learn = resume(stopped, recipe)
+    assert same(learn.model.state_dict(), outcome(runs[0]/'alone')[0])
+    rec = outcome(stopped)[2]
+    assert [r['step'] for r in rec['resumed']]==[2]
+
+def test_no_whole_checkpoint_and_no_code_from_a_file(stopped, recipe):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(stopped/'owned'),)
+    for f in checkpoints(stopped/name): torch.save(Evil(), f)
+    with pytest.raises(ResumeError, match='no checkpoint of this run is whole.*start anew'): resume(stopped, recipe)
+    assert not (stopped/'owned').exists()
+
+def test_beginning_anew_over_a_checkpoint_is_refused(stopped, recipe):
+    with pytest.raises(ResumeError, match='not finished.*resume=True'): train(recipe, out=stopped, bar=False, device='cpu')
+
+@pytest.mark.parametrize('change,match', [('fastai','versions.fastai: .* in the checkpoint, 9.9 now'), ('threads','OMP_NUM_THREADS'), ('data','data.fingerprint')])
+def test_what_else_must_not_have_changed(stopped, recipe, monkeypatch, change, match):
+    if change=='fastai': monkeypatch.setattr(fastai, '__version__', '9.9')
+    if change=='threads': monkeypatch.setattr(torch, 'get_num_threads', lambda: 77)
+    if change=='data':
+        stock = tr.get_dls
+        def get_dls(*args, **kw):
+            dls = stock(*args, **kw)
+            dls.train.dataset.x = dls.train.dataset.x.flip(-1)
+            return dls
+        monkeypatch.setattr(tr, 'get_dls', get_dls)
+    with pytest.raises(ResumeError, match=match): resume(stopped, recipe)
+
+def test_nothing_to_resume(tmp_path, recipe):
+    with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
+    r = Recipe(**{**vars(recipe), 'epochs':1, 'bs':80, 'drloc':'none'})
+    train(r, out=tmp_path, bar=False, device='cpu')
+    with pytest.raises(ResumeError, match='complete'): resume(tmp_path, r)
+    with pytest.raises(ValueError, match='give `out`'): build(r, bar=False, device='cpu', minutes=1.)
+
+def test_time_limit(tmp_path, runs, recipe, capsys):
+    settings = dict(common, data=recipe.data)
+    tr.main(**settings, out=str(tmp_path), device='cpu', no_bar=True, minutes=1e-6)
+    assert 'stopped at step 1, in epoch 1 of 2: time limit' in (said := capsys.readouterr().out) and '--resume' in said
+    rec = json.loads((tmp_path/f'{name}.json').read_text())
+    assert rec['status']=='cut short' and rec['stopped']['step']==1 and rec['epochs']==[]
+    tr.main(**settings, out=str(tmp_path), device='cpu', no_bar=True, minutes=1e-6, resume=True)
+    assert json.loads((tmp_path/f'{name}.json').read_text())['stopped']['step']==2
+    learn = resume(tmp_path, recipe)
+    (w,_,_),(w2,_,rec) = outcome(runs[0]/'alone'),outcome(tmp_path)
+    assert same(w, w2) and rec['status']=='complete' and 'stopped' not in rec and [r['step'] for r in rec['resumed']]==[1,2]
+
+# --- other Learners
+
+def points(n=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, 8, 8, generator=g)
+    return list(zip(x, (x.mean((1,2,3))>0).long()))
+
+class Tiny(nn.Module):
+    num_prefix_tokens,output_fmt,num_features = 0,'NCHW',6
+    def __init__(self):
+        super().__init__()
+        self.conv,self.drop,self.head = nn.Conv2d(3, 6, 2, 2),nn.Dropout(.2),nn.Linear(6, 2)
+    def forward_features(self, x): return self.conv(x).tanh()
+    def forward(self, x): return self.head(self.drop(self.forward_features(x).mean((2,3))))
+
+def learner(path, *cbs, workers=0, device='cpu', noisy=False, **kw):
+    set_seed(0)
+    item = dict(after_item=lambda b: (b[0]+torch.rand(1), b[1])) if noisy else {}
+    dls = DataLoaders(DataLoader(points(), bs=8, shuffle=True, drop_last=True, num_workers=workers, **item), DataLoader(points(16, 1), bs=8), device=torch.device(device))
+    learn = Learner(dls, Tiny().to(device), loss_func=nn.CrossEntropyLoss(), metrics=accuracy, lr=.01,
+                    cbs=[DrlocCallback(.5, m=8, hidden=16), Checkpoints(path/'x', every='3'), *cbs], **kw)
+    learn.create_mbar,learn.logger = False,lambda *_: None
+    return learn.remove_cbs([c for c in learn.cbs if type(c).__name__=='ProgressCallback'])
+
+def broken_off_equals_straight(new, tmp_path, step=13, **tol):
+    straight,first,second = new(tmp_path/'a'),new(tmp_path/'b'),new(tmp_path/'b')
+    straight.fit(2)
+    first.fit(2, cbs=Stop(step))
+    at = go_on(second)
+    second.fit(2)
+    for a,b in ((straight.model, second.model), (straight.drloc.loss_fn, second.drloc.loss_fn)):
+        for (k,x),y in zip(a.state_dict().items(), b.state_dict().values()): torch.testing.assert_close(x, y, rtol=0, atol=0, msg=k) if not tol else torch.testing.assert_close(x, y, **tol)
+    assert np.allclose(np.array(straight.recorder.values, float), np.array(second.recorder.values, float), rtol=tol.get('rtol', 0), atol=tol.get('atol', 0))
+    assert straight.recorder.losses==second.recorder.losses or tol
+    return at
+
+@pytest.mark.parametrize('opt_func', [FusedAdamW, partial(OptimWrapper, opt=torch.optim.AdamW), partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)])
+@pytest.mark.parametrize('step', [7, 8, 13])
+def test_any_optimizer_and_stock_callbacks(opt_func, step, tmp_path):
+    at = broken_off_equals_straight(lambda p: learner(p, opt_func=opt_func), tmp_path, step)
+    assert at['step'] == step//3*3
+
+@pytest.mark.parametrize('step', [10, 14])
+def test_the_order_of_an_epoch_is_kept(step, tmp_path):
+    "Also where a loader would draw another one the second time, as on another kind of GPU; and only for that epoch"
+    orders,deck = [],iter(range(99))
+    class See(Callback):
+        def after_train(self): orders.append(list(self.dls.train.order))
+        after_cancel_train = after_cancel_fit = lambda self: None
+    class Shown(Callback):
+        order = 97
+        def after_cancel_fit(self): orders.append(list(self.dls.train.order))
+    def new():
+        learn = learner(tmp_path, See())
+        learn.dls.train.shuffle_fn = lambda idxs: list(np.random.RandomState(next(deck)).permutation(idxs))
+        return learn
+    new().fit(3, cbs=[Stop(step), Shown()])
+    second = new()
+    at = go_on(second)
+    second.fit(3)
+    begun,rest = orders[1],orders[2:]
+    assert at['epoch']==1 and rest[0]==begun and len(rest)==2 and rest[1]!=begun and sorted(rest[1])==list(range(64))
+
+def test_share_of_an_order_in_a_tensor():
+    from vt_drloc.gpus import share
+    def new(as_tensor, rank):
+        dl = DataLoader(points(), bs=8, drop_last=True)
+        if as_tensor: dl.get_idxs = lambda: torch.arange(64)
+        return share(dl, rank, 2)
+    for r in (0,1): assert list(new(True, r).get_idxs()) == new(False, r).get_idxs()
+
+def test_by_the_clock(tmp_path):
+    def new(p):
+        learn = learner(p)
+        learn.checkpoints.steps,learn.checkpoints.seconds = None,1e-6            # due at every step
+        return learn
+    at = broken_off_equals_straight(new, tmp_path)
+    assert at['step']==13
+
+def test_compiled(tmp_path):
+    def new(p):
+        learn = learner(p, opt_func=FusedAdamW)
+        learn.model.compile(backend='aot_eager')
+        return learn
+    broken_off_equals_straight(new, tmp_path)
+    torch.compiler.reset()
+
+def test_worker_processes_draw_the_same(tmp_path):
+    at = broken_off_equals_straight(lambda p: learner(p, workers=1, noisy=True), tmp_path)
+    assert at['done'] == 4
+
+def test_draws_for_each_image_in_this_process(tmp_path): broken_off_equals_straight(lambda p: learner(p, noisy=True), tmp_path)
+
+def test_fp16_with_its_scaler(tmp_path):
+    "On the CPU, where the scaler and the fused optimizer are the same; the scale grows and falls within the run"
+    scales,drlocs = [],[]
+    class See(Callback):
+        order = 99
+        def after_batch(self):
+            if not self.training: return
+            scales.append(self.scaler.get_scale()); drlocs.append((self.drloc.sums.dtype, self.drloc.sums.isfinite().all().item()))
+    new = lambda p: learner(p, Fp16('cpu', init_scale=2.**40, growth_interval=3), See(), opt_func=FusedAdamW)
+    at = broken_off_equals_straight(new, tmp_path)
+    assert at["step"]==12 and scales[0] == 2.**39 and any(b > a for a,b in zip(scales, scales[1:]))     # it fell, and grew again
+    assert set(drlocs) == {(torch.float32, True)}
+    n = len(scales) - 16 - 13                                                # straight, broken off after 13, and the rest
+    assert scales[29:] == scales[16-n:16] and n == 4
+
+def test_fp16_is_close_to_float32(tmp_path):
+    a,b = learner(tmp_path/'a', opt_func=FusedAdamW),learner(tmp_path/'b', Fp16('cpu'), opt_func=FusedAdamW)
+    a.fit(2); b.fit(2)
+    for x,y in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(x, y, rtol=.05, atol=5e-3)
+    with pytest.raises(ValueError, match='Fp16 needs FusedAdamW'): learner(tmp_path/'c', Fp16('cpu')).fit(1)
+
+def test_precision_on_a_device(monkeypatch):
+    cpu,gpu = torch.device('cpu'),torch.device('cuda')
+    assert precision_on('auto', cpu)==precision_on('float32', cpu)=='float32'
+    with pytest.raises(ValueError, match="leave it at 'auto'"): precision_on('fp16', cpu)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d: 'Tesla T4')
+    for cap,auto in (((7,5),'fp16'), ((8,0),'bf16')):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: cap)
+        assert [precision_on(p, gpu) for p in ('auto','fp16','float32')] == [auto,'fp16','float32']
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: (7,5))
+    with pytest.raises(ValueError, match="Tesla T4 does not have it; use 'fp16'"): precision_on('bf16', gpu)
+    with pytest.raises(ValueError, match='float32'): Recipe(precision='half').check()
+
+def test_a_write_that_fails_is_said(tmp_path, monkeypatch):
+    def full(*args, **kw): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(mod, 'save_file', full)
+    with pytest.raises(OSError, match='No space left'): learner(tmp_path/'a').fit(1)
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    "The copy is taken at once: what is trained meanwhile does not get into it"
+    stock = mod.write_checkpoint
+    def slow(*args): time.sleep(.3); return stock(*args)
+    monkeypatch.setattr(mod, 'write_checkpoint', slow)
+    at = broken_off_equals_straight(lambda p: learner(p), tmp_path)
+    assert at['step']==12
+
+# --- on a GPU
+
+@cuda
+@pytest.mark.parametrize('mode', ['bf16','fp16'])
+def test_resume_on_a_gpu(mode, tmp_path):
+    from fastai.callback.fp16 import MixedPrecision
+    half = lambda: Fp16('cuda') if mode=='fp16' else MixedPrecision('bf16')
+    broken_off_equals_straight(lambda p: learner(p, half(), opt_func=FusedAdamW, device='cuda'), tmp_path, rtol=1e-3, atol=1e-4)
+
+@cuda
+def test_a_second_fit_on_a_gpu(tmp_path):
+    learn = learner(tmp_path, opt_func=FusedAdamW, device='cuda')
+    learn.fit(1)
+    learn.fit(1)                                                             # the MLP's moments come back beside it
+    assert all(s['step'].device.type=='cuda' and s['step']==16 for s in learn.drloc.opt_state)
+
+@cuda
+def test_fp16_waits_for_nothing(tmp_path):
+    class Strict(Callback):
+        order = Fp16.order-.1
+        def before_step(self): torch.cuda.set_sync_debug_mode('error' if self.train_iter else 'default')
+        def after_batch(self): torch.cuda.set_sync_debug_mode('default')
+    learn = learner(tmp_path, Fp16('cuda'), Strict(), opt_func=FusedAdamW, device='cuda')
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, Checkpoints)])
+    try: learn.fit(1)
+    finally: torch.cuda.set_sync_debug_mode('default')
+
+@cuda
+def test_fp16_follows_bf16(tmp_path, recipe):
+    curves = {}
+    for p in ('bf16','fp16'):
+        r = Recipe(**{**vars(recipe), 'epochs':8, 'precision':p, 'mix':False, 'tfms':'none', 'drop_path':0.})
+        train(r, out=tmp_path/p, bar=False)
+        curves[p] = [(e['train_loss'], e['drloc']) for e in json.loads((tmp_path/p/f'{name}.json').read_text())['epochs']]
+    assert np.isfinite(curves['fp16']).all() and np.allclose(curves['fp16'], curves['bf16'], rtol=.05)
+
+@pytest.mark.skipif(torch.cuda.device_count()<2, reason="needs two CUDA devices")
+def test_two_gpus(tmp_path):
+    cmd = ['-m','vt_drloc.train','--data','digits','--model','vit_mini','--epochs','2','--bs','240','--warmup','0','--tfms','none','--no-mix','--no-bar','--precision','float32']
+    for n in (1,2):
+        launcher = ['-m','torch.distributed.run','--standalone',f'--nproc_per_node={n}']
+        res = subprocess.run([sys.executable, *launcher, *cmd, '--out', str(tmp_path/str(n)), '--save-every', '4'], capture_output=True, text=True)
+        assert res.returncode==0, res.stderr[-3000:]
+    one,two = (json.loads((tmp_path/n/'digits-vit_mini-none-s0.json').read_text()) for n in '12')
+    assert (one['processes'],two['processes'])==(1,2)
+    for a,b in zip(one['epochs'], two['epochs']): assert abs(a['train_loss']-b['train_loss']) < .01*a['train_loss']

@@ -1,0 +1,157 @@
+"The fast modules compute what the slow ones compute; drop path that skips is drop path"
+import os, pickle
+import pytest, torch
+if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'    # before the kernels are made
+from copy import deepcopy
+from hypothesis import given, settings, strategies as st
+from vt_drloc.hybrid import as_backbone
+from vt_drloc.models import create_model, load_model, save_model
+from vt_drloc.speed import *
+from vt_drloc.speed import _attention, _attention_backward
+from vt_drloc.swin import WindowAttention
+
+kernels = pytest.mark.skipif(not can_fuse(torch.zeros(1, device='cuda' if torch.cuda.is_available() else 'cpu')), reason='needs Triton')
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+far = lambda a,b: ((a-b).norm()/b.norm()).item()
+
+def small(name, **kw):
+    "Few blocks: the interpreter is slow"
+    return create_model(name, 5, drop_path=.5, **(dict(depths=(1,2), dims=(32,64)) if name=='swin_mini' else dict(depth=3)), **kw)
+
+def grads(f, x, params):
+    y = f(x)
+    g = torch.cos(torch.arange(y.numel(), device=y.device, dtype=y.dtype)).view_as(y)
+    return y,*torch.autograd.grad(y, [x,*params], g)
+
+@kernels
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_kernel_is_window_attention(data):
+    "Any grid, window, shift and number of heads, also where only one axis is shifted, or none"
+    s = data.draw(st.sampled_from([2,3,4,7]))
+    shift,nh,nw = (data.draw(st.integers(*b)) for b in ((0,s-1),(1,3),(1,3)))
+    heads,d,B = (data.draw(st.sampled_from(o)) for o in ((1,3),(16,32),(1,3)))
+    torch.manual_seed(0)
+    slow = WindowAttention(heads*d, heads, s, shift).to(device)
+    torch.nn.init.normal_(slow.bias.table)
+    fast = deepcopy(slow)
+    fast.__class__ = FusedWindowAttention
+    x = torch.randn(B, nh*s, nw*s, heads*d, device=device, requires_grad=True)
+    for a,b in zip(grads(fast, x, fast.parameters()), grads(slow, x, slow.parameters())): assert far(a, b)<1e-5
+
+@kernels
+def test_operations_obey_pytorch():
+    "Strides, shapes and gradients as declared, for tensors that are not contiguous too: what the compiler relies on"
+    def strided(*shape): return torch.randn(shape[0],*shape[:0:-1], device=device).permute(0,3,2,1)
+    bias = torch.randn(16,16,2, device=device).permute(2,0,1)
+    for qkv,g in ((torch.randn(2,8,4,96, device=device),torch.randn(2,8,4,32, device=device)), (strided(2,8,4,96),strided(2,8,4,32))):
+        assert qkv.shape==(2,8,4,96)
+        torch.library.opcheck(_attention, (qkv.clone().requires_grad_(),bias.clone().requires_grad_(),2,4,2,0))
+        torch.library.opcheck(_attention_backward, (qkv,bias,g,2,4,2,0))
+
+@kernels
+def test_two_backward_passes_give_the_same_bits():
+    qkv,bias,g = (torch.randn(*s, device=device) for s in ((5,8,8,96),(2,16,16),(5,8,8,32)))
+    one,two = (_attention_backward(qkv, bias, g, 2, 4, 2, 2) for _ in range(2))
+    assert all(torch.equal(a, b) for a,b in zip(one, two))
+
+def test_where_the_kernel_cannot_run_it_is_the_old_module():
+    slow = WindowAttention(32, 2, 4, 2).double()
+    fast = deepcopy(slow)
+    fast.__class__ = FusedWindowAttention
+    assert not can_fuse(torch.zeros(1).double())
+    x = torch.randn(2,8,8,32).double()
+    assert torch.equal(fast(x), slow(x))
+    padded = torch.randn(2,6,7,32)
+    assert torch.equal(fast.float()(padded), slow.float()(padded))
+
+@pytest.mark.parametrize('shape,bias,heads,s,says', [
+    ((1,6,8,96), (2,16,16), 2, 4, r'grid 6 x 8: it does not divide into windows of 4'),
+    ((1,8,8,97), (2,16,16), 2, 4, r'97 numbers a cell are not q, k and v of 2 heads'),
+    ((1,8,8,96), (2,9,9), 2, 4, r'bias is \(2, 9, 9\), wanted \(2, 16, 16\)')])
+def test_bad_input_of_window_attention(shape, bias, heads, s, says):
+    with pytest.raises(ValueError, match=says): window_attention(torch.zeros(shape), torch.zeros(bias), heads, s)
+
+def test_skip_is_unbiased_and_exact_for_those_it_drops():
+    "The mean over draws is x + f(x); a dropped image passes with gradient 1; the number is fixed"
+    torch.manual_seed(0)
+    x = torch.randn(20,3, requires_grad=True)
+    total,n = torch.zeros(20,3),4000
+    for _ in range(n):
+        y = skip_branch(x.detach(), torch.exp, .25)
+        kept = (y!=x).any(1)
+        assert kept.sum()==15
+        torch.testing.assert_close(y[kept], (x+x.exp()*20/15)[kept].detach())
+        total += y
+    se = (x.exp()*(20/15)*(.25*.75/n)**.5).detach()
+    assert ((total/n-(x+x.exp()).detach()).abs()/se).max()<5
+    y = skip_branch(x, torch.exp, .25)
+    kept = (y!=x).any(1)
+    g, = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(g, torch.where(kept[:,None], 1+x.exp()*20/15, torch.ones(())).detach())
+
+@pytest.mark.parametrize('B,p,n', [(1,.9,1), (2,.2,2), (10,.3,7), (128,.2,102), (4,.99,1)])
+def test_how_many_are_kept(B, p, n):
+    seen = []
+    skip_branch(torch.zeros(B,1), lambda z: seen.append(len(z)) or z, p)
+    assert seen==[n]
+
+@pytest.mark.parametrize('name', ['swin_mini','vit_mini','t2t_mini'])
+def test_evaluation_and_names_stay(name, tmp_path):
+    "Same names, same values, same logits in evaluation, same grid; a checkpoint goes both ways"
+    torch.manual_seed(0)
+    slow = small(name).eval()
+    fast = deepcopy(slow)
+    done = speed_up(fast)
+    assert done['drop_path']==2 and (done['attention']>0)==(name=='swin_mini')
+    assert speed_up(fast)==dict(attention=0, drop_path=0)
+    assert list(fast.state_dict())==list(slow.state_dict())
+    x = torch.randn(2,3,32,32)
+    torch.testing.assert_close(fast(x), slow(x), rtol=1e-5, atol=1e-6)
+    grids = [b.grid(b.forward_features(x), (32,32)) for b in map(as_backbone, (fast,slow))]
+    torch.testing.assert_close(*grids, rtol=1e-5, atol=1e-5)
+    save_model(fast, tmp_path/'m.safetensors')
+    torch.testing.assert_close(load_model(tmp_path/'m.safetensors')(x), slow(x))
+
+def test_networks_with_blocks_of_their_own_are_left_alone():
+    m = create_model('cvt_13_mini', 5, drop_path=.4)
+    assert speed_up(m)==dict(attention=0, drop_path=0)
+
+def test_a_sped_up_swin_can_be_pickled():
+    "`Learner.export` pickles the model"
+    m = small('swin_mini')
+    speed_up(m)
+    x = torch.randn(1,3,32,32)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(m)).eval()(x), m.eval()(x))
+
+@kernels
+@pytest.mark.parametrize('name', ['swin_mini','vit_mini'])
+def test_compiles_whole(name):
+    "No break in the graph, in training and in evaluation, under autocast too"
+    torch.manual_seed(0)
+    m = small(name).to(device)
+    speed_up(m)
+    torch._dynamo.reset()
+    c = torch.compile(m, backend='aot_eager', fullgraph=True, dynamic=False)
+    x = torch.randn(2,3,32,32, device=device)
+    with torch.autocast(device, torch.bfloat16): loss = c(x).float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters())
+    m.eval()
+    torch.testing.assert_close(c(x), m(x))
+
+@pytest.mark.skipif(device=='cpu', reason='needs a GPU')
+@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16,.02), (torch.float16,.005)])
+def test_compiled_and_eager_gradients_on_a_gpu(dtype, tol):
+    "The kernel in half precision against the old module in float32, compiled by Inductor and eager"
+    torch.manual_seed(0)
+    slow = create_model('swin_mini', 5).to(device)
+    fast = deepcopy(slow)
+    speed_up(fast)
+    x = torch.randn(16,3,32,32, device=device)
+    want = torch.autograd.grad(slow(x).square().mean(), slow.parameters())
+    torch._dynamo.reset()
+    for f in (fast, torch.compile(fast, fullgraph=True, dynamic=False)):
+        with torch.autocast(device, dtype): loss = f(x).float().square().mean()
+        got = torch.autograd.grad(loss, fast.parameters())
+        assert far(torch.cat([g.flatten() for g in got]), torch.cat([g.flatten() for g in want]))<tol
