@@ -84,7 +84,7 @@ def test_crop_resize_is_pils(side, size):
     x = F.interpolate(photos(12, 80).float(), size=side).to(torch.uint8)
     box = random_crops(12, side)
     want = torch.stack([to_tensor(TF.resized_crop(to_pil(o), *b, size, InterpolationMode.BICUBIC)) for o,b in zip(x, box.T.int().tolist())])
-    assert diff(crop_resize(x, box, size), want).max()<0.1
+    assert diff(crop_resize(x, box, size), want).max()<(0.01 if size==(224,224) else 0.4)      # shrinking, PIL may begin with rows
 
 # ---- the whole pipeline, on parameters that timm itself has drawn
 
