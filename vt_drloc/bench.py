@@ -307,7 +307,7 @@ def ratio(
     half = t.ppf(.975, len(logs)-1)*stdev(logs)/len(logs)**.5
     return tuple(math.exp(mean(logs)+s*half) for s in (0,-1,1))
 
-# %% ../nbs/22_bench.ipynb #8175c2fb
+# %% ../nbs/22_bench.ipynb #38351921
 def augment_rows(device, rounds, minutes, say):
     "Images per second of each way of augmenting, 512 images a batch, 32 px to 224"
     from fastai.vision.all import TensorImage
@@ -340,9 +340,11 @@ SECTIONS = dict(
            Case('whole', 'Learner', kind='learner', batch=512, drop_path=.2, attention=True, skip=True, steps=40, recipe=_full),
            Case('whole', 'Learner, two cores', kind='learner', batch=512, drop_path=.2, attention=True, skip=True, steps=40, recipe=_full, cores=2),
            Case('whole', 'rival', model='timm:swin_tiny_patch4_window7_224', kind='rival', batch=128, drop_path=.2, precision='float32', arms=('eager side',), steps=40)],
-    augment=augment_rows)
+    augment=augment_rows,
+    cpu=[Case('cpu', f'{n}, batch {b}', model=n, batch=b, size=s, precision='float32', arms=('eager','eager side'))
+         for n,b,s in (('swin_t',8,224),('t2t_vit_14',8,224),('cvt_13_gap',8,224),('cvt_mini',64,32),('vit_mini',64,32))])
 
-# %% ../nbs/22_bench.ipynb #21d2b2c6
+# %% ../nbs/22_bench.ipynb #73734fb6
 def _write(file, data):
     "Replace the file in one step"
     file = Path(file)
@@ -353,7 +355,7 @@ def _write(file, data):
 
 @call_parse
 def main(
-    section:str='speed', # One of: speed, modes, side, side512, whole, augment
+    section:str='speed', # One of: speed, modes, side, side512, whole, augment, cpu
     out:str='nbs/results/bench', # Folder for the record, SECTION.json
     device:str='cuda', # 'cuda' or 'cpu'
     rounds:int=20, # Blocks of each arm
