@@ -119,26 +119,29 @@ def tiny():
 
 def batch(): return torch.randn(4,3,16,16, generator=torch.Generator().manual_seed(5)),torch.tensor([0,1,2,0])
 
-def one_rank(rank, init, out, which):
-    "A backward pass on half of the batch, with DDP around the joint module if `which` is 'joint'"
+def one_rank(rank, init, out):
+    "A backward pass on half of the batch, with DDP around the joint module, and without"
     torch.distributed.init_process_group('gloo', init_method=init, rank=rank, world_size=2)
     Joint,_ = page_classes()
-    joint = Joint(tiny())
-    run = nn.parallel.DistributedDataParallel(joint) if which=='joint' else joint
     (x,y),half = batch(),slice(2*rank,2*rank+2)
-    logits,drloc = run(x[half], torch.Generator().manual_seed(1+rank))
-    (F.cross_entropy(logits, y[half]) + .5*drloc).backward()
-    torch.save({n: p.grad for n,p in joint.named_parameters()}, f'{out}.{rank}')
+    for which in ('joint','outside'):
+        joint = Joint(tiny())
+        run = nn.parallel.DistributedDataParallel(joint) if which=='joint' else joint
+        logits,drloc = run(x[half], torch.Generator().manual_seed(1+rank))
+        (F.cross_entropy(logits, y[half]) + .5*drloc).backward()
+        torch.save({n: p.grad for n,p in joint.named_parameters()}, f'{out}/{which}.{rank}')
     torch.distributed.destroy_process_group()
 
-def two_ranks(tmp_path, which):
-    out = tmp_path/which
-    torch.multiprocessing.spawn(one_rank, (f'file://{tmp_path}/init_{which}', str(out), which), nprocs=2)
-    return [torch.load(f'{out}.{r}', weights_only=True) for r in (0,1)]
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    "Gradients of both ranks, by `which`"
+    if not torch.distributed.is_available(): pytest.skip('PyTorch without torch.distributed')
+    out = tmp_path_factory.mktemp('ranks')
+    torch.multiprocessing.spawn(one_rank, (f'file://{out}/init', str(out)), nprocs=2)
+    return {which: [torch.load(f'{out}/{which}.{r}', weights_only=True) for r in (0,1)] for which in ('joint','outside')}
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason='PyTorch without torch.distributed')
-def test_ddp_around_the_joint_module_averages_the_mlp(tmp_path):
-    a,b = two_ranks(tmp_path, 'joint')
+def test_ddp_around_the_joint_module_averages_the_mlp(ranks):
+    a,b = ranks['joint']
     assert all(torch.equal(a[n], b[n]) for n in a)
     Joint,_ = page_classes()
     alone,(x,y) = Joint(tiny()),batch()
@@ -147,7 +150,6 @@ def test_ddp_around_the_joint_module_averages_the_mlp(tmp_path):
         ((F.cross_entropy(logits, y[2*r:2*r+2]) + .5*drloc)/2).backward()
     for n,p in alone.named_parameters(): torch.testing.assert_close(a[n], p.grad, rtol=1e-4, atol=1e-6)
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason='PyTorch without torch.distributed')
-def test_without_ddp_around_it_the_mlps_drift_apart(tmp_path):
-    a,b = two_ranks(tmp_path, 'outside')
+def test_without_ddp_around_it_the_mlps_drift_apart(ranks):
+    a,b = ranks['outside']
     assert not torch.equal(a['drloc.mlp.0.weight'], b['drloc.mlp.0.weight'])

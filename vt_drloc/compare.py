@@ -362,7 +362,7 @@ class Record:
         file, # Its path; what it already holds is kept if it is of the same code, versions and machine
         device:str='cuda', # Where it is measured
     ):
-        self.file,self.data = Path(file),dict(circumstances=_circumstances(device), rows=[], checks=[], seconds=0.,
+        self.file,self.data = Path(file),dict(circumstances=dict(_circumstances(device), drop_path=0.), rows=[], checks=[], seconds=0.,
                                           left_out=dict(rows=[], checks=[]))
         if not self.file.exists(): return
         old = read_record(self.file)
