@@ -231,7 +231,8 @@ class Tiny(nn.Module):
         super().__init__()
         self.conv,self.drop,self.head = nn.Conv2d(3, 6, 2, 2),nn.Dropout(.2),nn.Linear(6, 2)
     def forward_features(self, x): return self.conv(x).tanh()
-    def forward(self, x): return self.head(self.drop(self.forward_features(x).mean((2,3))))
+    def forward_head(self, f, pre_logits=False): return self.head(self.drop(f.mean((2,3))))
+    def forward(self, x): return self.forward_head(self.forward_features(x))
 
 def learner(path, *cbs, workers=0, device='cpu', noisy=False, **kw):
     set_seed(0)
@@ -266,7 +267,6 @@ def test_the_order_of_an_epoch_is_kept(step, tmp_path):
     orders,deck = [],iter(range(99))
     class See(Callback):
         def after_train(self): orders.append(list(self.dls.train.order))
-        after_cancel_train = after_cancel_fit = lambda self: None
     class Shown(Callback):
         order = 97
         def after_cancel_fit(self): orders.append(list(self.dls.train.order))
@@ -319,9 +319,9 @@ def test_fp16_with_its_scaler(tmp_path):
         def after_batch(self):
             if not self.training: return
             scales.append(self.scaler.get_scale()); drlocs.append((self.drloc.sums.dtype, self.drloc.sums.isfinite().all().item()))
-    new = lambda p: learner(p, Fp16('cpu', init_scale=2.**40, growth_interval=3), See(), opt_func=FusedAdamW)
+    new = lambda p: learner(p, Fp16('cpu', init_scale=2.**22, growth_interval=3), See(), opt_func=FusedAdamW)
     at = broken_off_equals_straight(new, tmp_path)
-    assert at["step"]==12 and scales[0] == 2.**39 and any(b > a for a,b in zip(scales, scales[1:]))     # it fell, and grew again
+    assert at["step"]==12 and scales[0] == 2.**21 and any(b > a for a,b in zip(scales, scales[1:]))     # it fell, and grew again
     assert set(drlocs) == {(torch.float32, True)}
     n = len(scales) - 16 - 13                                                # straight, broken off after 13, and the rest
     assert scales[29:] == scales[16-n:16] and n == 4

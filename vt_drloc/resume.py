@@ -304,7 +304,8 @@ def save(self:Checkpoints, epoch, done):
 def wait(self:Checkpoints):
     "Until the last checkpoint is written; an error in it is raised here"
     job,self.job = self.job,None
-    if job: job.result()
+    try: return job and job.result()
+    except OSError as e: raise OSError(f'the checkpoint could not be written: {e}') from e
 
 # %% ../nbs/20_resume.ipynb #c26ecccb
 @patch
