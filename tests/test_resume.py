@@ -244,10 +244,9 @@ def learner(path, *cbs, workers=0, device='cpu', noisy=False, **kw):
     return learn.remove_cbs([c for c in learn.cbs if type(c).__name__=='ProgressCallback'])
 
 def broken_off_equals_straight(new, tmp_path, step=13, **tol):
-    straight,first,second = new(tmp_path/'a'),new(tmp_path/'b'),new(tmp_path/'b')
-    straight.fit(2)
-    first.fit(2, cbs=Stop(step))
-    at = go_on(second)
+    (straight := new(tmp_path/'a')).fit(2)               # each is made, and so seeded, right before its fit
+    new(tmp_path/'b').fit(2, cbs=Stop(step))
+    at = go_on(second := new(tmp_path/'b'))
     second.fit(2)
     for a,b in ((straight.model, second.model), (straight.drloc.loss_fn, second.drloc.loss_fn)):
         for (k,x),y in zip(a.state_dict().items(), b.state_dict().values()): torch.testing.assert_close(x, y, rtol=0, atol=0, msg=k) if not tol else torch.testing.assert_close(x, y, **tol)
@@ -327,8 +326,8 @@ def test_fp16_with_its_scaler(tmp_path):
     assert scales[29:] == scales[16-n:16] and n == 4
 
 def test_fp16_is_close_to_float32(tmp_path):
-    a,b = learner(tmp_path/'a', opt_func=FusedAdamW),learner(tmp_path/'b', Fp16('cpu'), opt_func=FusedAdamW)
-    a.fit(2); b.fit(2)
+    (a := learner(tmp_path/'a', opt_func=FusedAdamW)).fit(2)
+    (b := learner(tmp_path/'b', Fp16('cpu'), opt_func=FusedAdamW)).fit(2)
     for x,y in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(x, y, rtol=.05, atol=5e-3)
     with pytest.raises(ValueError, match='Fp16 needs FusedAdamW'): learner(tmp_path/'c', Fp16('cpu')).fit(1)
 
