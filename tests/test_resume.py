@@ -218,6 +218,10 @@ def test_time_limit(tmp_path, runs, recipe, capsys):
     (w,_,_),(w2,_,rec) = outcome(runs[0]/'alone'),outcome(tmp_path)
     assert same(w, w2) and rec['status']=='complete' and 'stopped' not in rec and [r['step'] for r in rec['resumed']]==[1,2]
 
+def test_differences():
+    assert mod.differences(dict(a=1, b=dict(c=[1,2])), dict(a=1., b=dict(c=[1,2])))==[]      # 1 from the one caller, 1.0 from the other
+    assert mod.differences(dict(a=None), dict(a=0))==['a: None in the checkpoint, 0 now'] and mod.differences({}, dict(b=1))==['b: absent in the checkpoint, 1 now']
+
 # --- other Learners
 
 def points(n=64, seed=0):

@@ -242,7 +242,7 @@ def differences(
     for k in dict.fromkeys([*then, *now]):
         a,b = then.get(k, 'absent'),now.get(k, 'absent')
         if isinstance(a, dict) and isinstance(b, dict): res += [f'{k}.{o}' for o in differences(a, b)]
-        elif json.dumps(a) != json.dumps(b): res.append(f'{k}: {a} in the checkpoint, {b} now')
+        elif a != b: res.append(f'{k}: {a} in the checkpoint, {b} now')
     return res
 
 # %% ../nbs/20_resume.ipynb #35f3d040
