@@ -218,6 +218,10 @@ def test_time_limit(tmp_path, runs, recipe, capsys):
     (w,_,_),(w2,_,rec) = outcome(runs[0]/'alone'),outcome(tmp_path)
     assert same(w, w2) and rec['status']=='complete' and 'stopped' not in rec and [r['step'] for r in rec['resumed']]==[1,2]
 
+def test_differences():
+    assert mod.differences(dict(a=1, b=dict(c=[1,2])), dict(a=1., b=dict(c=[1,2])))==[]      # 1 from the one caller, 1.0 from the other
+    assert mod.differences(dict(a=None), dict(a=0))==['a: None in the checkpoint, 0 now'] and mod.differences({}, dict(b=1))==['b: absent in the checkpoint, 1 now']
+
 # --- other Learners
 
 def points(n=64, seed=0):
@@ -231,7 +235,8 @@ class Tiny(nn.Module):
         super().__init__()
         self.conv,self.drop,self.head = nn.Conv2d(3, 6, 2, 2),nn.Dropout(.2),nn.Linear(6, 2)
     def forward_features(self, x): return self.conv(x).tanh()
-    def forward(self, x): return self.head(self.drop(self.forward_features(x).mean((2,3))))
+    def forward_head(self, f, pre_logits=False): return self.head(self.drop(f.mean((2,3))))
+    def forward(self, x): return self.forward_head(self.forward_features(x))
 
 def learner(path, *cbs, workers=0, device='cpu', noisy=False, **kw):
     set_seed(0)
@@ -243,10 +248,9 @@ def learner(path, *cbs, workers=0, device='cpu', noisy=False, **kw):
     return learn.remove_cbs([c for c in learn.cbs if type(c).__name__=='ProgressCallback'])
 
 def broken_off_equals_straight(new, tmp_path, step=13, **tol):
-    straight,first,second = new(tmp_path/'a'),new(tmp_path/'b'),new(tmp_path/'b')
-    straight.fit(2)
-    first.fit(2, cbs=Stop(step))
-    at = go_on(second)
+    (straight := new(tmp_path/'a')).fit(2)               # each is made, and so seeded, right before its fit
+    new(tmp_path/'b').fit(2, cbs=Stop(step))
+    at = go_on(second := new(tmp_path/'b'))
     second.fit(2)
     for a,b in ((straight.model, second.model), (straight.drloc.loss_fn, second.drloc.loss_fn)):
         for (k,x),y in zip(a.state_dict().items(), b.state_dict().values()): torch.testing.assert_close(x, y, rtol=0, atol=0, msg=k) if not tol else torch.testing.assert_close(x, y, **tol)
@@ -266,7 +270,6 @@ def test_the_order_of_an_epoch_is_kept(step, tmp_path):
     orders,deck = [],iter(range(99))
     class See(Callback):
         def after_train(self): orders.append(list(self.dls.train.order))
-        after_cancel_train = after_cancel_fit = lambda self: None
     class Shown(Callback):
         order = 97
         def after_cancel_fit(self): orders.append(list(self.dls.train.order))
@@ -319,16 +322,16 @@ def test_fp16_with_its_scaler(tmp_path):
         def after_batch(self):
             if not self.training: return
             scales.append(self.scaler.get_scale()); drlocs.append((self.drloc.sums.dtype, self.drloc.sums.isfinite().all().item()))
-    new = lambda p: learner(p, Fp16('cpu', init_scale=2.**40, growth_interval=3), See(), opt_func=FusedAdamW)
+    new = lambda p: learner(p, Fp16('cpu', init_scale=2.**22, growth_interval=3), See(), opt_func=FusedAdamW)
     at = broken_off_equals_straight(new, tmp_path)
-    assert at["step"]==12 and scales[0] == 2.**39 and any(b > a for a,b in zip(scales, scales[1:]))     # it fell, and grew again
+    assert at["step"]==12 and scales[0] == 2.**21 and any(b > a for a,b in zip(scales, scales[1:]))     # it fell, and grew again
     assert set(drlocs) == {(torch.float32, True)}
     n = len(scales) - 16 - 13                                                # straight, broken off after 13, and the rest
     assert scales[29:] == scales[16-n:16] and n == 4
 
 def test_fp16_is_close_to_float32(tmp_path):
-    a,b = learner(tmp_path/'a', opt_func=FusedAdamW),learner(tmp_path/'b', Fp16('cpu'), opt_func=FusedAdamW)
-    a.fit(2); b.fit(2)
+    (a := learner(tmp_path/'a', opt_func=FusedAdamW)).fit(2)
+    (b := learner(tmp_path/'b', Fp16('cpu'), opt_func=FusedAdamW)).fit(2)
     for x,y in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(x, y, rtol=.05, atol=5e-3)
     with pytest.raises(ValueError, match='Fp16 needs FusedAdamW'): learner(tmp_path/'c', Fp16('cpu')).fit(1)
 

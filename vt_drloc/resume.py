@@ -242,7 +242,7 @@ def differences(
     for k in dict.fromkeys([*then, *now]):
         a,b = then.get(k, 'absent'),now.get(k, 'absent')
         if isinstance(a, dict) and isinstance(b, dict): res += [f'{k}.{o}' for o in differences(a, b)]
-        elif json.dumps(a) != json.dumps(b): res.append(f'{k}: {a} in the checkpoint, {b} now')
+        elif a != b: res.append(f'{k}: {a} in the checkpoint, {b} now')
     return res
 
 # %% ../nbs/20_resume.ipynb #35f3d040
@@ -304,7 +304,8 @@ def save(self:Checkpoints, epoch, done):
 def wait(self:Checkpoints):
     "Until the last checkpoint is written; an error in it is raised here"
     job,self.job = self.job,None
-    if job: job.result()
+    try: return job and job.result()
+    except OSError as e: raise OSError(f'the checkpoint could not be written: {e}') from e
 
 # %% ../nbs/20_resume.ipynb #c26ecccb
 @patch
