@@ -180,6 +180,10 @@ def test_operations_are_drawn_as_timm_draws_them():
     for k in range(3, 15):
         a,b = np.array([a for o,a in flat if o==k])*(100 if k>=R.TRANSX else 1),arg[op==k].numpy()
         assert ks_2samp(a, b).pvalue>1e-3, OPS[k]
+    def levels(k, a): return np.round(np.abs(np.asarray(a, dtype=np.float64)-(1 if k in FACTORS else 0))/SPAN[k], 5)
+    FACTORS,SPAN = (7,8,9,10),{3:30, 7:0.9, 8:0.9, 9:0.9, 10:0.9, 11:0.3, 12:0.3, 13:0.45, 14:0.45}
+    pooled = [np.concatenate([levels(k, [a for o,a in flat if o==k]) for k in SPAN]),np.concatenate([levels(k, arg[op==k].numpy()/(100 if k>=R.TRANSX else 1)) for k in SPAN])]
+    assert abs(pooled[0].max()-1)<1e-4 and ks_2samp(*pooled).pvalue>1e-3  # magnitudes of all together: a finer comb
 
 def test_crops_are_drawn_as_timm_draws_them():
     random.seed(0); torch.manual_seed(0)

@@ -262,6 +262,83 @@ def test_cache_not_writable(tmp_path):
     files = [str(image(tmp_path/'0.png', (32,32)))]
     with pytest.warns(UserWarning, match='not kept'): assert len(decode(files, (32,32), tmp_path/'no'/'c.safetensors'))==1
 
+def test_a_flipped_byte_is_found(tmp_path):
+    files,cache = [str(image(tmp_path/f'{i}.png', (32,32), seed=i)) for i in range(6)],tmp_path/'c.safetensors'
+    want = decode(files, (32,32), cache).clone(); good = cache.read_bytes()
+    for at in (-1,-3000,-6*3*32*32):                                     # the last byte, one in the middle, the first pixel
+        bad = bytearray(good); bad[at] ^= 1; cache.write_bytes(bad)
+        with pytest.warns(UserWarning, match='c.safetensors is damaged'): assert decode(files, (32,32), cache).equal(want)
+        assert cache.read_bytes()==good                                  # made anew
+
+def test_cache_is_written_in_pieces_and_is_plain_safetensors(tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+    files,pieces = [str(image(tmp_path/f'{i}.png', (32,32), seed=i)) for i in range(7)],D._pieces
+    monkeypatch.setattr(D, '_pieces', lambda files, size: pieces(files, size, 3))
+    x = decode(files, (32,32), tmp_path/'c.safetensors'); monkeypatch.undo()
+    assert x.equal(decode(files, (32,32))) and load_file(tmp_path/'c.safetensors')['x'].equal(x)
+
+def test_disk_full_while_the_cache_is_written(tmp_path, monkeypatch):
+    files = [str(image(tmp_path/'0.png', (32,32)))]
+    class Full:
+        def __init__(self, *a): (tmp_path/'c.tmp').touch()
+        def __enter__(self): return self
+        def __exit__(self, *a): pass
+        def write(self, b): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(D, 'open', Full, raising=False)
+    with pytest.warns(UserWarning, match='No space left'): x = decode(files, (32,32), tmp_path/'c.safetensors')
+    monkeypatch.undo()
+    assert x.equal(decode(files, (32,32))) and not (tmp_path/'c.safetensors').exists()
+
+# ---- where images are held
+
+@pytest.mark.parametrize('gpu,host,want', [(100,100,'device'), (39,100,'host'), (39,19,'mapped'), (None,0,'device')])
+def test_place_by_free_memory(monkeypatch, gpu, host, want):
+    monkeypatch.setattr(D, 'free_memory', lambda device: host if str(device)=='cpu' else gpu)
+    assert D.place(10, 'cuda')==want
+    assert D.place(10, 'cpu')==('device' if host>=20 else 'mapped')
+
+def test_free_memory():
+    assert 10**6<D.free_memory('cpu')<10**14 and D.free_memory('meta') is None
+
+@pytest.mark.parametrize('held', ['device','host','mapped'])
+def test_held_wherever_the_batches_are_the_same(tmp_path, held):
+    root = folder(tmp_path/'bugs'); kw = dict(bs=4, size=32, device=cpu)
+    set_seed(0); a = [(x,y) for x,y in get_dls(root, **kw).train]
+    set_seed(0); dls = get_dls(root, held=held, **kw); b = [(x,y) for x,y in dls.train]
+    assert dls.info.held==held and dls.info.mbytes==round(20*3*32*32/2**20, 1) and all(x.equal(u) and y.equal(v) for (x,y),(u,v) in zip(a, b))
+    cached = list(root.glob('.vt_drloc_*'))
+    assert len(cached)==2
+    maps = Path('/proc/self/maps')
+    if maps.exists(): assert (str(cached[0]) in maps.read_text())==(held=='mapped')
+
+def test_order_drawn_on_the_device(monkeypatch):
+    set_seed(0); dl = get_dls('digits', bs=64, device=cpu).train; ds = dl.dataset
+    dl.randomize(); a,b = dl.draw_order('cpu'),dl.draw_order('cpu')
+    assert a.sort()[0].equal(torch.arange(1437)) and not a.equal(b)
+    set_seed(0); other = get_dls('digits', bs=64, device=cpu).train; other.randomize()
+    assert other.draw_order('cpu').equal(a)
+    monkeypatch.setattr(MemoryDL, 'get_idxs', lambda self: a)            # as on an accelerator
+    it = iter(dl); ys = [next(it)[1]]                                    # PyTorch's loader reads a seed of the CPU's at the start
+    with HostReads() as reads: ys += [y for _,y in it]
+    ys = torch.cat(ys).as_subclass(torch.Tensor)
+    assert reads.seen==[] and ys.equal(ds.y[a[:1437//64*64]])
+
+def test_order_is_fastais_on_the_cpu_and_inside_other_loaders(monkeypatch):
+    dl = get_dls('digits', bs=64, device=cpu).train
+    assert isinstance(dl.get_idxs(), list)
+    dl.device = torch.device('meta')                                    # stands for an accelerator
+    assert isinstance(dl.get_idxs(), list)                               # asked by another loader
+    monkeypatch.setattr(MemoryDL, 'draw_order', lambda self, device: ('drawn on',device.type))
+    dl._alone = True; assert dl.get_idxs()==('drawn on','meta')
+
+def test_enlarged_test_images_are_cut_from_the_middle():
+    x = torch.rand(2,3,32,32); t = D.ResizeBatch((224,224), middle=True)
+    want = F.interpolate(x, (256,256), mode='bicubic', antialias=True)[:,:,16:240,16:240].clamp(0, 1)
+    assert torch.allclose(t(TensorImage(x)).as_subclass(torch.Tensor), want, atol=1e-6)
+    fs = get_dls('digits', size=48, device=cpu).valid.after_batch.fs
+    assert fs[1].middle and not get_dls('digits', size=48, device=cpu).train.after_batch.fs[1].middle
+    assert not get_dls('digits', size=24, device=cpu).valid.after_batch.fs[1].middle     # made smaller: all of it
+
 # ---- the published layouts, made small
 
 @pytest.mark.parametrize('coarse', ['','insects/'])

@@ -431,7 +431,7 @@ def free_memory(
     "How much memory is free, on a GPU or in this computer."
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
     if torch.device(device).type!='cpu': return None
-    try: return next(int(o.split()[1])*1024 for o in open('/proc/meminfo') if o.startswith('MemAvailable'))
+    try: return next(int(o.split()[1])*1024 for o in Path('/proc/meminfo').read_text().splitlines() if o.startswith('MemAvailable'))
     except (OSError,StopIteration): return None
 
 def place(
@@ -593,11 +593,11 @@ def _hold(split, name, part, size, cache, held):
 def _resizes(batch_tfms): return [t for t in L(batch_tfms) if getattr(t, 'resizes', False)]
 
 def _memory_dls(train, valid, bs, size, batch_tfms, device, held):
-    dls,norm = [],Normalize.from_stats(*imagenet_stats)
+    dls = []
     for i,o in enumerate((train,valid)):
         side = tuple(o.x.shape[-2:])
         resize = [ResizeBatch(size, middle=i==1 and _enlarged(size, side))] if side!=size else []
-        tfms = [IntToFloatTensor(), *resize, *(L(batch_tfms) if i==0 else []), norm]
+        tfms = [IntToFloatTensor(), *resize, *(L(batch_tfms) if i==0 else []), Normalize.from_stats(*imagenet_stats)]
         if i==0 and _resizes(batch_tfms): tfms = L(batch_tfms)         # it takes uint8 and gives normalised floats
         ds = MemoryImages(o.x, torch.from_numpy(o.y).long(), o.vocab, i, size, held)
         dls.append(MemoryDL(ds, bs=bs, shuffle=i==0, drop_last=i==0, device=device, after_batch=tfms))
