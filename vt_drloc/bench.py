@@ -208,7 +208,7 @@ def measure_cases(
         for w in workers: w.close()
     return rows
 
-# %% ../nbs/22_bench.ipynb #9dbaed7f
+# %% ../nbs/22_bench.ipynb #800a7dce
 def _made_up(n_train, n_test):
     "Register a data set of noise, 32 px and 10 classes, under the name `made_up`"
     import numpy as np
@@ -245,11 +245,8 @@ def _learner(case, device):
     "Train until nobody asks any more"
     from vt_drloc.train import Recipe, build
     _made_up(case.batch*case.steps, 2*case.batch)
-    recipe = Recipe(data='made_up', model=case.model, size=case.size, bs=case.batch, epochs=10_000, **case.recipe)
+    recipe = Recipe(data='made_up', model=case.model, size=case.size, bs=case.batch, epochs=10_000, fast=case.attention, **case.recipe)
     learn = build(recipe, device=device, bar=False, cache=False)
-    if case.attention or case.skip:
-        from vt_drloc.speed import speed_up
-        speed_up(learn.model, case.attention, case.skip)
     with learn.no_logging(): learn.fit(recipe.epochs, recipe.lr, cbs=_turns(case, device))
 
 # %% ../nbs/22_bench.ipynb #4c4241b3

@@ -6,9 +6,9 @@ Docs: https://SET_ME.github.io/vt_drloc/train.html.md"""
 
 # %% auto #0
 __all__ = ['DRLOC', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'DecayRule', 'FusedAdamW', 'DeviceRecorder', 'Fp16',
-           'precision_on', 'git_revision', 'circumstances', 'RunRecord', 'KeepWeights', 'run_name', 'build', 'train',
-           'Settings', 'settings', 'main', 'side_task_error', 'controls', 'guessing_game', 'read_records',
-           'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
+           'precision_on', 'TensorCores', 'git_revision', 'circumstances', 'RunRecord', 'KeepWeights', 'run_name',
+           'build', 'train', 'Settings', 'settings', 'main', 'side_task_error', 'controls', 'guessing_game',
+           'read_records', 'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
 import contextlib, json, math, os, platform, subprocess, sys, time
@@ -74,6 +74,7 @@ class Recipe:
     heldout:int = 0               # judge on this many training images instead of the test set
     precision:str = 'auto'        # bf16, fp16 or float32; auto: bf16 on GPUs that have it, else fp16; float32 on the CPU
     compile:bool = False          # compile the model: slower start, faster steps
+    fast:bool = True              # on a GPU: window attention in one kernel, and drop path that computes only what it keeps
 
 # %% ../nbs/10_train.ipynb #27f2d763
 DRLOC = ['none', *PRESETS]
@@ -222,6 +223,14 @@ def precision_on(
     if precision=='bf16' and not bf16: raise ValueError(f"precision='bf16': {torch.cuda.get_device_name(device)} does not have it; use 'fp16' or 'auto'")
     return 'bf16' if precision=='auto' and bf16 else precision if precision!='auto' else 'fp16'
 
+# %% ../nbs/10_train.ipynb #7c3e51ab
+class TensorCores(Callback):
+    "Float32 products on tensor cores (TF32) for as long as a fit lasts"
+    order = -20
+    def before_fit(self):
+        self.learn._drloc_undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision('high')
+
 # %% ../nbs/10_train.ipynb #bcbbaf04
 def git_revision()->str: # 'unknown' outside a repository
     "Commit of the code that runs, with `-dirty` if files differ from it"
@@ -350,7 +359,7 @@ def _callbacks(r, device, weights, bar):
     if r.mix: cbs.append(MixupCutmix())
     if r.clip: cbs.append(GradientClip(r.clip))
     precision = precision_on(r.precision, device)
-    if precision!='float32': cbs.append(MixedPrecision('bf16') if precision=='bf16' else Fp16(device))
+    if precision!='float32': cbs += [MixedPrecision('bf16') if precision=='bf16' else Fp16(device), TensorCores()]
     if world()>1: cbs.append(SeveralProcesses())
     return cbs
 
@@ -369,6 +378,11 @@ def _files(r, out, dls, device, beside, save_every, minutes, resume):
     cbs = [] if _rank() else [RunRecord(f'{stem}.json', r, beside), KeepWeights(f'{stem}.safetensors', r)]
     if save_every or minutes or resume: cbs.append(Checkpoints(stem, _conditions(r, dls, device), save_every, minutes))
     return cbs
+
+def _speed_up(model):
+    "The modules of chapter 21, imported where they are used: they need Triton"
+    from vt_drloc.speed import speed_up
+    speed_up(model)
 
 def build(
     recipe:Recipe, # what to run
@@ -389,6 +403,7 @@ def build(
     with rank0_before_others(): dls = get_dls(r.data, bs=r.bs, size=r.size, batch_tfms=tfms, device=device, heldout=r.heldout, **data_kw)
     size,weights = tuple(dls.info.size),Path(out)/f'{run_name(r)}.safetensors' if out else None
     model = create_model(r.model, dls.c, img_size=size, drop_path=r.drop_path, pretrained=r.pretrained=='imagenet' or r.pretrained).to(device)
+    if r.fast and device.type=='cuda': _speed_up(model)
     cbs = _callbacks(r, device, weights, bar and not _rank())
     if r.drloc!='none': cbs.append(_side_task(r, model, size))
     if r.compile: model.compile()
