@@ -168,3 +168,21 @@ def test_controls_and_error():
     err = side_task_error(model, mlp, x, m=4096)
     assert err == pytest.approx(torch.full((2,), 63/24).tolist(), abs=.05)   # always answering 0 costs the mean offset (k^2-1)/3k = 63/24
     assert model.training
+
+def test_tensor_cores_for_the_fit_alone():
+    "float32 products are 'high' inside a fit and as before after it, also when it dies"
+    from vt_drloc.train import TensorCores
+    seen = []
+    class Look(Callback):
+        def after_batch(self):
+            seen.append(torch.get_float32_matmul_precision())
+            if len(seen)==2: raise ZeroDivisionError('stop')
+    learn = build(Recipe(data='digits', model='demo_cvt', bs=256, epochs=1, warmup=0), device='cpu', bar=False)
+    was = torch.get_float32_matmul_precision()
+    with learn.no_logging(), pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[TensorCores(), Look()])
+    assert seen==['high','high'] and torch.get_float32_matmul_precision()==was=='highest'
+
+def test_fast_is_for_gpus():
+    "On a CPU a recipe's network is the one of its chapter, fast or not"
+    learn = build(Recipe(data='digits', model='swin_mini', bs=256, epochs=1, warmup=0), device='cpu', bar=False)
+    assert {type(m).__name__ for m in learn.model.modules() if 'Attention' in type(m).__name__}=={'WindowAttention'}
