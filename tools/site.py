@@ -1,9 +1,42 @@
-"The site and the README, with pip alone: nbdev's processing, then smalldocs or nbconvert. `python tools/site.py docs` or `readme`"
+"The site and the README, with pip alone: nbdev's processing, then smalldocs or nbconvert. `python tools/site.py docs`, `api` or `readme`"
 import os, re, shutil, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 pics = 'nbs/images' # where README.md finds its pictures
+
+
+def api():
+    "A reference page for each module into nbs/api, from docstrings, types and docments, and their table of contents; both builds show them"
+    from nbdev.config import get_config
+    from fastcore.basics import NullType
+    from smalldocs import api
+    os.chdir(root)
+    cfg, out = get_config(), root/'nbs/api'
+    made_from = [*cfg.lib_path.glob('*.py'), root/'settings.ini', root/'pyproject.toml', Path(__file__)]
+    if (out/'index.qmd').exists() and (out/'index.qmd').stat().st_mtime > max(p.stat().st_mtime for p in made_from): return
+    seen = api.unwrapped
+    api.unwrapped = lambda o: o if isinstance(o, NullType) else seen(o) # fastai's `null` answers whatever it is asked, without end
+    shutil.rmtree(out, ignore_errors=True)
+    s = api.Settings(root/'nbs', [cfg.lib_name], root=root, source=f'{cfg.git_url}/blob/{cfg.branch}')
+    pages = api.build(s)
+    (root/'nbs/_symbols.json').unlink()
+    index = ['---', 'title: Reference', 'description: "Every module: what can be called, with which arguments, and where its source is"', '---', '',
+             '| module | what it answers | public names |', '|--|--|--|']
+    for p in pages:
+        mod = sys.modules[f'{cfg.lib_name}.{p.stem}']
+        names = ' '.join(f'[`{o.__name__}`]({p.name}#{o.__name__})' for o in api.own(mod))
+        index.append(f'| [{p.stem}]({p.name}) | {api.summary(mod)} | {names} |')
+        p.write_text(_page(p.read_text(encoding='utf-8'), p.stem, cfg), encoding='utf-8')
+    (out/'index.qmd').write_text('\n'.join(index)+'\n', encoding='utf-8')
+
+
+def _page(text, module, cfg):
+    "A reference page that leads to its chapter instead of repeating its address"
+    chapter = next(o for n,o in sources().items() if n == module)
+    text = re.sub(rf'\nDocs: {own_link(cfg)}\.md\n', f'\nBuilt step by step in [its chapter](../{chapter}).\n', text)
+    text = text.replace(f'title: "{cfg.lib_name}.', 'title: "', 1)
+    return re.sub(r'^(### )\w+\.(\w+)', r'\1\2', text, flags=re.M)
 
 
 def docs():
@@ -16,8 +49,12 @@ def docs():
     os.chdir(root)
     cfg = get_config()
     refresh_quarto_yml()
+    api()
     proc = proc_nbs(n_workers=min(os.cpu_count(), 4))
     for d in (proc/'_docs', cfg.doc_path): shutil.rmtree(d, ignore_errors=True)
+    yml = proc/'_quarto.yml' # an entry whose page does not exist yet is left out; that no page lacks its entry is tested
+    there = lambda l: not (m := re.search(r'(?:- |href: )(\S+\.ipynb)$', l)) or (proc/m[1]).exists()
+    yml.write_text('\n'.join(filter(there, yml.read_text(encoding='utf-8').splitlines())), encoding='utf-8')
     quarto_only = 'runs no code|output-file is not read|unknown key format-links|format commonmark is not built'
     warnings = [w for w in build(proc, quiet=True).warnings if not re.search(quarto_only, w)]
     out = proc/'_docs'
@@ -35,6 +72,8 @@ def docs():
             return m[0].replace('"kw"', f'"kw" id="{id}"', 1)
         text = re.sub(r'<span class="kw">(?:def|class)</span> (?:<span class="fu">)?(\w+)', anchor, text) # where `symbol` links lead
         p.write_text(text, encoding='utf-8')
+    for p in out.rglob('*.css'): # a theme's letters would come over the network; the system's do as well
+        p.write_text(re.sub(r'@import url\("?https://fonts[^;]*;', '', p.read_text(encoding='utf-8')), encoding='utf-8')
     shutil.move(out, cfg.doc_path)
     print(f'{len(list(cfg.doc_path.rglob("*.html")))} pages in {cfg.doc_path.name}/, open {cfg.doc_path.name}/index.html')
     if warnings: sys.exit('\n'.join(['The site is built, but not as it should be:', *warnings]))
@@ -91,6 +130,7 @@ def readme():
 if __name__ == '__main__':
     what = sys.argv[1] if len(sys.argv) > 1 else ''
     if what == 'docs': docs()
+    elif what == 'api': api()
     elif what == 'readme':
         for p in (root/pics).glob('index_*'): p.unlink()
         for p, content in readme().items(): (root/p).parent.mkdir(parents=True, exist_ok=True); (root/p).write_bytes(content)
