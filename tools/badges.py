@@ -1,5 +1,5 @@
 "Colab and GitHub links under the title of every processed notebook. Both builds run it in _proc, as _quarto.yml's pre-render; it needs Python alone"
-import json
+import json, re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -24,13 +24,21 @@ def addresses(path):
 def badge(path):
     "The line under a page's title"
     colab, github = addresses(path)
-    return f'[Open in Colab]({colab}){{.badge-link .badge-colab}} [Notebook on GitHub]({github}){{.badge-link}}'
+    return f'[Open in Colab]({colab}){{.badge-link}} [Notebook on GitHub]({github}){{.badge-link}}'
+
+
+def colab_links(text):
+    "A link to a notebook whose title says that it opens in Colab does so"
+    return re.sub(r'\]\((\S+\.ipynb) ("[^"]*opens in Colab")\)', lambda m: f']({addresses(m[1])[0]} {m[2]})', text)
 
 
 def add(nb, path):
-    "Put the line after the title; once, however often it is called"
+    "Put the line after the title, once, however often it is called; the landing page has doors instead, and gets it below them"
     cells = [c for c in nb['cells'] if c.get('id') != mark]
+    for c in cells:
+        if c['cell_type'] == 'markdown': c['source'] = colab_links(''.join(c['source']))
     at = next((i for i,c in enumerate(cells) if c['cell_type'] in ('raw', 'markdown')), -1) + 1
+    if path == 'index.ipynb': at = next(i for i,c in enumerate(cells) if 'opens in Colab' in ''.join(c['source'])) + 1
     cells.insert(at, dict(cell_type='markdown', id=mark, metadata={}, source=badge(path)))
     return {**nb, 'cells': cells}
 

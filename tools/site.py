@@ -1,8 +1,8 @@
 "The site and the README, with pip alone: nbdev's processing, then smalldocs or nbconvert. `python tools/site.py docs`, `api` or `readme`"
 import os, re, shutil, sys
 from pathlib import Path
+from badges import colab_links, root
 
-root = Path(__file__).resolve().parent.parent
 pics = 'nbs/images' # where README.md finds its pictures
 
 
@@ -120,6 +120,7 @@ def readme():
     nb.metadata.language_info = {'name': 'python'}
     body, res = MarkdownExporter(exclude_output_stdin=True).from_notebook_node(nb, {'output_files_dir': pics, 'unique_key': 'index'})
     body = re.sub(r'!\[\w+\]\((\S+?/index_(\d+)_\d+\.\w+)\)', lambda m: f'![{alts.get(int(m[2]), "")}]({m[1]})', body)
+    body = colab_links(body)
     body = re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', body)
     pages = sources()
     body = re.sub(rf'\]\({own_link(cfg)}[^)]*\)', lambda m: f'](nbs/{pages[m[1]]})', body)
