@@ -36,6 +36,9 @@ def _page(text, module, cfg):
     chapter = next(o for n,o in sources().items() if n == module)
     text = re.sub(rf'\nDocs: {own_link(cfg)}\.md\n', f'\nBuilt step by step in [its chapter](../{chapter}).\n', text)
     text = text.replace(f'title: "{cfg.lib_name}.', 'title: "', 1)
+    code = (cfg.lib_path/f'{module}.py').read_text(encoding='utf-8').splitlines()
+    def line(m): return next(f'{m[0][:-1]}{i}' for i,l in enumerate(code, 1) if re.match(rf'{m[1]}\b', l))
+    text = re.sub(r'#(\w+)\}\n\n\[source\]\S+?#L0(?!\d)', line, text) # what was not made by `def` or `class`, such as a named tuple
     return re.sub(r'^(### )\w+\.(\w+)', r'\1\2', text, flags=re.M)
 
 
@@ -71,9 +74,12 @@ def docs():
             seen.add(id)
             return m[0].replace('"kw"', f'"kw" id="{id}"', 1)
         text = re.sub(r'<span class="kw">(?:def|class)</span> (?:<span class="fu">)?(\w+)', anchor, text) # where `symbol` links lead
+        text = re.sub(r'<span class="fu">(\w+)</span>(?=\(<span class="va">self</span>:(\w+))', lambda m: f'<span class="fu" id="{m[2].lower()}.{m[1].lower()}">{m[1]}</span>', text) # methods
+        named = lambda m: m[0] if m[1].lower() in seen else (seen.add(m[1].lower()) or f'<span id="{m[1].lower()}">{m[1]}</span>{m[2]}')
+        text = re.sub(r'(?:^|(?<=">))([A-Z][A-Z\d_]+)( <span class="op">=</span>)', named, text, flags=re.M) # constants too
         p.write_text(text, encoding='utf-8')
     for p in out.rglob('*.css'): # a theme's letters would come over the network; the system's do as well
-        p.write_text(re.sub(r'@import url\("?https://fonts[^;]*;', '', p.read_text(encoding='utf-8')), encoding='utf-8')
+        p.write_text(re.sub(r'@import url\("?https://fonts[^)]*\);?', '', p.read_text(encoding='utf-8')), encoding='utf-8')
     shutil.move(out, cfg.doc_path)
     print(f'{len(list(cfg.doc_path.rglob("*.html")))} pages in {cfg.doc_path.name}/, open {cfg.doc_path.name}/index.html')
     if warnings: sys.exit('\n'.join(['The site is built, but not as it should be:', *warnings]))
