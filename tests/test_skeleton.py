@@ -44,6 +44,25 @@ def test_constraints_meet_settings():
         assert r.name in pins, f'{r.name} has no pin in constraints.txt'
         assert r.specifier.contains(pins[r.name]), f'{r} but constraints.txt pins {pins[r.name]}'
 
+def test_citation():
+    "CITATION.cff repeats version, licence and address"
+    import yaml
+    cff = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
+    assert cff['version'] == cfg['version'] and cff['license'] == 'Apache-2.0'
+    assert cff['repository-code'] == f"https://github.com/{cfg['user']}/{cfg['repo']}"
+
+def test_workflows():
+    "Each is YAML that GitHub reads, tests run on every Python of settings.ini, and make has each target they call"
+    import yaml
+    flows = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8')) for p in (root/'.github/workflows').glob('*.yml')}
+    assert flows.keys() == {'test', 'docs', 'release', 'weekly'}
+    lo, hi = (int(cfg[k].split('.')[1]) for k in ('min_python', 'max_python'))
+    assert flows['test']['jobs']['test']['strategy']['matrix']['python'] == [f'3.{v}' for v in range(lo, hi+1)]
+    targets = set(re.findall(r'^([\w-]+):', (root/'Makefile').read_text(), re.M))
+    steps = [s['run'] for f in flows.values() for j in f['jobs'].values() for s in j['steps'] if 'run' in s]
+    assert {t for s in steps for t in re.findall(r'\bmake ([\w-]+)', s)} <= targets and 'bash .ci/run' in steps
+    for p in (root/'.github/ISSUE_TEMPLATE').glob('*.yml'): assert yaml.safe_load(p.read_text(encoding='utf-8'))
+
 def test_release_check():
     "No release while the owner is not set, or without its section in the changelog"
     res = subprocess.run(['make', '-s', 'release-check'], cwd=root, capture_output=True, text=True)
@@ -114,7 +133,7 @@ def test_readme():
 
 def test_readme_links():
     "Every relative link and picture of the README is there"
-    for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', (root/'README.md').read_text(encoding='utf-8')): assert (root/link).exists(), link
+    for link in re.findall(r'\]\((?!https?:|#)([^)# ]+)', (root/'README.md').read_text(encoding='utf-8')): assert (root/link).exists(), link
 
 
 # ---- the tree
