@@ -21,7 +21,7 @@ def api():
     s = api.Settings(root/'nbs', [cfg.lib_name], root=root, source=f'{cfg.git_url}/blob/{cfg.branch}')
     pages = api.build(s)
     (root/'nbs/_symbols.json').unlink()
-    index = ['---', 'title: Reference', 'description: "Every module: what can be called, with which arguments, and where its source is"', '---', '',
+    index = ['---', 'title: All modules', 'description: "Every module: what can be called, with which arguments, and where its source is"', '---', '',
              '| module | what it answers | public names |', '|--|--|--|']
     for p in pages:
         mod = sys.modules[f'{cfg.lib_name}.{p.stem}']
@@ -39,6 +39,7 @@ def _page(text, module, cfg):
     code = (cfg.lib_path/f'{module}.py').read_text(encoding='utf-8').splitlines()
     def line(m): return next(f'{m[0][:-1]}{i}' for i,l in enumerate(code, 1) if re.match(rf'{m[1]}\b', l))
     text = re.sub(r'#(\w+)\}\n\n\[source\]\S+?#L0(?!\d)', line, text) # what was not made by `def` or `class`, such as a named tuple
+    text = text.replace('| NoneType | `None` |', '| | `None` |') # a default is no type
     return re.sub(r'^(### )\w+\.(\w+)', r'\1\2', text, flags=re.M)
 
 
