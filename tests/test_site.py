@@ -141,7 +141,7 @@ def browser(site):
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=file, args=['--no-sandbox', '--disable-gpu'])
+        b = p.chromium.launch(executable_path=file, args=['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage'])
         b.address = f'http://127.0.0.1:{server.server_port}/'
         yield b
         b.close()

@@ -107,6 +107,13 @@ def test_docstrings(p):
         o = getattr(mod, n)
         if inspect.isfunction(o) or inspect.isclass(o): assert (o.__doc__ or '').strip(), f'{p.stem}.{n} has no docstring'
 
+@pytest.mark.parametrize('p', modules, ids=name)
+def test_module_says_what_it_answers(p):
+    "`doc(module)` opens with the question of its chapter"
+    first = importlib.import_module(f'vt_drloc.{p.stem}').__doc__.splitlines()[0]
+    asked = [re.search(r'\n> (.*)', ''.join(c['source'])) for n in notebooks for c in json.loads(n.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown' and ''.join(c['source']).startswith('# ')]
+    assert first and any(first == m[1] for m in asked if m), first
+
 
 # ---- notebooks and README
 
