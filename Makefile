@@ -70,8 +70,8 @@ colab:
 # nbdev's hooks for git and Jupyter. Git calls the nbdev of this .venv, the one that the tests and CI use
 hooks: $(READY)
 	@$(BIN)/nbdev-install-hooks
-	@git config --local merge.jupyternotebook.driver '"$(CURDIR)/$(BIN)/nbdev-merge" %O %A %B %P'
-	@git config --local diff.jupyternotebook.command '"$(CURDIR)/$(BIN)/nbdev-diff-driver"'
+	@git config --local merge.jupyternotebook.driver '"$(abspath $(BIN))/nbdev-merge" %O %A %B %P'
+	@git config --local diff.jupyternotebook.command '"$(abspath $(BIN))/nbdev-diff-driver"'
 
 # What must be true before a release; needs nothing installed
 release-check:
