@@ -1,6 +1,7 @@
 # make train   see the idea at work: trains small networks on the CPU, in about four minutes
 # make test    prove the code: exports, clean notebooks, every notebook run, pytest
 # make docs    the site, into _docs/ (pip alone); make readme: README.md from nbs/index.ipynb
+# make hooks   before you change notebooks: git merges them cell by cell, Jupyter saves them clean
 # Each sets up .venv if it is missing. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat settings.ini pyproject.toml setup.py constraints.txt | cksum | cut -d' ' -f1)
 SCRATCH := .check
 export OMP_NUM_THREADS ?= 1
-.PHONY: setup train test test-export test-clean test-nbs test-py docs readme export clean-nbs release-check
+.PHONY: setup train test test-export test-clean test-nbs test-py docs api readme export clean-nbs colab hooks release-check
 .DELETE_ON_ERROR:
 
 train: $(READY)
@@ -44,10 +45,14 @@ test-nbs: $(READY)
 
 test-py: $(READY)
 	@echo "== 4/4 pytest"
-	@$(BIN)/python -m pytest -n 3 --dist loadfile tests/
+	@$(BIN)/python -m pytest -n 3 --dist loadfile -rs tests/
 
 docs: $(READY)
 	@$(BIN)/python tools/site.py docs
+
+# The reference pages alone; `make docs` makes them too, nbdev-docs does not
+api: $(READY)
+	@$(BIN)/python tools/site.py api
 
 readme: $(READY)
 	@$(BIN)/python tools/site.py readme
@@ -58,10 +63,21 @@ export: $(READY)
 clean-nbs: $(READY)
 	@$(BIN)/nbdev-clean
 
+# The first cell of every notebook, with the address of settings.ini; needs nothing installed
+colab:
+	@$(PYTHON) tools/colab.py
+
+# nbdev's hooks for git and Jupyter. Git calls the nbdev of this .venv, the one that the tests and CI use
+hooks: $(READY)
+	@$(BIN)/nbdev-install-hooks
+	@git config --local merge.jupyternotebook.driver '"$(abspath $(BIN))/nbdev-merge" %O %A %B %P'
+	@git config --local diff.jupyternotebook.command '"$(abspath $(BIN))/nbdev-diff-driver"'
+
 # What must be true before a release; needs nothing installed
 release-check:
 	@! grep -n SET_ME settings.ini pyproject.toml || { echo "no release yet: set the owner (user) in settings.ini and the urls in pyproject.toml"; exit 1; }
 	@v=$$(sed -n 's/^version *= *//p' settings.ini); grep -q "^## $$v" CHANGELOG.md || { echo "no release yet: CHANGELOG.md has no section '## $$v'"; exit 1; }
+	@$(PYTHON) tools/colab.py --check
 	@echo "ready for a release"
 
 setup: $(READY)

@@ -158,3 +158,41 @@ def test_plot_curves_takes_tensors_and_refuses_nothing():
     assert len(plot_curves({'a': torch.rand(2,4)}, 'y').lines) == 3
     with pytest.raises(ValueError, match='empty'): plot_curves({}, 'y')
     with pytest.raises(ValueError, match="'a'"): plot_curves({'a': []}, 'y')
+
+def test_show_task_says_what_is_asked():
+    ax = show_task(torch.rand(3, 56, 56), 7, 7, (1,5), (3,2))
+    said = texts(ax)
+    assert {'3 across', '2 down', 'small network\n(MLP)', 'used in training only', '(2/7, 3/7)'} <= set(said)
+    assert '(3/4, 4/8)' in texts(show_task(torch.rand(3, 32, 64), 4, 8, (0,0), (3,4)))
+
+def game(html):
+    import json, re
+    return json.loads(re.search(r', game = (\{.*?\}), n = ', html.data, re.S)[1])
+
+def test_guess_game_scores_the_others_on_the_same_pairs():
+    cells = torch.tensor([[[0,0],[3,1]], [[6,2],[6,2]]])
+    said = torch.tensor([[1.,1.],[0.,2.]])
+    g = game(guess_game(torch.rand(2,3,56,56), torch.rand(2,2,3,8,8), cells, 7, {'a net': said, 'right': torch.tensor([[3,1],[0,0]])}))
+    assert g['rivals'] == [['a net', (2+0+0+2)/4], ['right', 0.]] and g['k'] == 7
+    assert [r['cells'] for r in g['rounds']] == cells.tolist()
+
+def test_guess_game_shows_the_pixels_it_was_given():
+    import base64, io
+    from PIL import Image
+    view = torch.zeros(1,2,3,8,8); view[0,1,0] = 1
+    g = game(guess_game(torch.rand(1,3,56,56), view, torch.zeros(1,2,2, dtype=torch.long), 7, {}))
+    first,second = [np.asarray(Image.open(io.BytesIO(base64.b64decode(v.split(',')[1])))).mean((0,1)) for v in g['rounds'][0]['views']]
+    assert first.max() < 5 and second[0] > 245 and second[1:].max() < 10
+
+def test_guess_game_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match='2 photos, 1 views'): guess_game(torch.rand(2,3,8,8), torch.rand(1,2,3,8,8), torch.zeros(2,2,2), 7, {})
+
+def test_every_page_draws_with_the_palette():
+    "Colours by name from PALETTE, black and white aside; colour maps that people with colour-blindness can read and that stay ordered in grey"
+    import json, re
+    from pathlib import Path
+    for p in sorted((Path(__file__).parents[1]/'nbs').rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in p.parts: continue
+        code = '\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code')
+        assert set(re.findall(r"\b(?:color|c|ec|fc) ?= ?'(\w+)'", code)) <= {'k','w','none','white','black'}, p.name
+        assert set(re.findall(r"\bcmap ?= ?'(\w+)'", code)) <= {'gray','cividis','viridis'}, p.name

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest, tomllib
 
 root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root/'tools'))
 cfg = ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf-8'); cfg = cfg['DEFAULT']
 order = 'tokens attention vit hybrid pairs loss callback data augment swin t2t cvt models variants plots watch compare evaluate train'.split()
 bare = set('tokens attention vit hybrid pairs loss swin t2t cvt variants'.split())     # these need torch, einops and fastcore alone
@@ -42,6 +43,25 @@ def test_constraints_meet_settings():
     for r in map(Requirement, (cfg['requirements'] + ' ' + cfg['dev_requirements']).split()):
         assert r.name in pins, f'{r.name} has no pin in constraints.txt'
         assert r.specifier.contains(pins[r.name]), f'{r} but constraints.txt pins {pins[r.name]}'
+
+def test_citation():
+    "CITATION.cff repeats version, licence and address"
+    import yaml
+    cff = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
+    assert cff['version'] == cfg['version'] and cff['license'] == 'Apache-2.0'
+    assert cff['repository-code'] == f"https://github.com/{cfg['user']}/{cfg['repo']}"
+
+def test_workflows():
+    "Each is YAML that GitHub reads, tests run on every Python of settings.ini, and make has each target they call"
+    import yaml
+    flows = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8')) for p in (root/'.github/workflows').glob('*.yml')}
+    assert flows.keys() == {'test', 'docs', 'release', 'weekly'}
+    lo, hi = (int(cfg[k].split('.')[1]) for k in ('min_python', 'max_python'))
+    assert flows['test']['jobs']['test']['strategy']['matrix']['python'] == [f'3.{v}' for v in range(lo, hi+1)]
+    targets = set(re.findall(r'^([\w-]+):', (root/'Makefile').read_text(), re.M))
+    steps = [s['run'] for f in flows.values() for j in f['jobs'].values() for s in j['steps'] if 'run' in s]
+    assert {t for s in steps for t in re.findall(r'\bmake ([\w-]+)', s)} <= targets and 'bash .ci/run' in steps
+    for p in (root/'.github/ISSUE_TEMPLATE').glob('*.yml'): assert yaml.safe_load(p.read_text(encoding='utf-8'))
 
 def test_release_check():
     "No release while the owner is not set, or without its section in the changelog"
@@ -87,6 +107,13 @@ def test_docstrings(p):
         o = getattr(mod, n)
         if inspect.isfunction(o) or inspect.isclass(o): assert (o.__doc__ or '').strip(), f'{p.stem}.{n} has no docstring'
 
+@pytest.mark.parametrize('p', modules, ids=name)
+def test_module_says_what_it_answers(p):
+    "`doc(module)` opens with the question of its chapter"
+    first = importlib.import_module(f'vt_drloc.{p.stem}').__doc__.splitlines()[0]
+    asked = [re.search(r'\n> (.*)', ''.join(c['source'])) for n in notebooks for c in json.loads(n.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown' and ''.join(c['source']).startswith('# ')]
+    assert first and any(first == m[1] for m in asked if m), first
+
 
 # ---- notebooks and README
 
@@ -113,7 +140,7 @@ def test_readme():
 
 def test_readme_links():
     "Every relative link and picture of the README is there"
-    for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', (root/'README.md').read_text(encoding='utf-8')): assert (root/link).exists(), link
+    for link in re.findall(r'\]\((?!https?:|#)([^)# ]+)', (root/'README.md').read_text(encoding='utf-8')): assert (root/link).exists(), link
 
 
 # ---- the tree
@@ -133,8 +160,9 @@ def test_no_machine_paths():
     assert not found
 
 def test_owner_is_said_once():
-    "The placeholder stands in the two metadata files; elsewhere only in addresses that nbdev made of them"
+    "The placeholder stands in the two metadata files; elsewhere only in addresses that nbdev, `make colab` and `make readme` made of them"
     if cfg['user'] != 'SET_ME': return
     allowed = {'settings.ini', 'pyproject.toml', 'Makefile', 'tests/test_skeleton.py'}
-    made = lambda f,text: re.sub(r'https://(SET_ME\.github\.io|github\.com/SET_ME)\b', '', text) if f.startswith('vt_drloc/') else text
+    address = r'https://(SET_ME\.github\.io|github\.com/SET_ME|colab\.research\.google\.com/github/SET_ME)\b'
+    made = lambda f,text: re.sub(address, '', text) if f.startswith(('vt_drloc/', 'nbs/')) or f in ('README.md', 'CITATION.cff') else text
     assert not [f for f,text in tree() if f not in allowed and 'SET_ME' in made(f, text)]

@@ -1,9 +1,46 @@
-"The site and the README, with pip alone: nbdev's processing, then smalldocs or nbconvert. `python tools/site.py docs` or `readme`"
+"The site and the README, with pip alone: nbdev's processing, then smalldocs or nbconvert. `python tools/site.py docs`, `api` or `readme`"
 import os, re, shutil, sys
 from pathlib import Path
+from badges import colab_links, root
 
-root = Path(__file__).resolve().parent.parent
 pics = 'nbs/images' # where README.md finds its pictures
+
+
+def api():
+    "A reference page for each module into nbs/api, from docstrings, types and docments, and their table of contents; both builds show them"
+    from nbdev.config import get_config
+    from fastcore.basics import NullType
+    from smalldocs import api
+    os.chdir(root)
+    cfg, out = get_config(), root/'nbs/api'
+    made_from = [*cfg.lib_path.glob('*.py'), root/'settings.ini', root/'pyproject.toml', Path(__file__)]
+    if (out/'index.qmd').exists() and (out/'index.qmd').stat().st_mtime > max(p.stat().st_mtime for p in made_from): return
+    seen = api.unwrapped
+    api.unwrapped = lambda o: o if isinstance(o, NullType) else seen(o) # fastai's `null` answers whatever it is asked, without end
+    shutil.rmtree(out, ignore_errors=True)
+    s = api.Settings(root/'nbs', [cfg.lib_name], root=root, source=f'{cfg.git_url}/blob/{cfg.branch}')
+    pages = api.build(s)
+    (root/'nbs/_symbols.json').unlink()
+    index = ['---', 'title: All modules', 'description: "Every module: what can be called, with which arguments, and where its source is"', '---', '',
+             '| module | what it answers | public names |', '|--|--|--|']
+    for p in pages:
+        mod = sys.modules[f'{cfg.lib_name}.{p.stem}']
+        names = ' '.join(f'[`{o.__name__}`]({p.name}#{o.__name__})' for o in api.own(mod))
+        index.append(f'| [{p.stem}]({p.name}) | {api.summary(mod)} | {names} |')
+        p.write_text(_page(p.read_text(encoding='utf-8'), p.stem, cfg), encoding='utf-8')
+    (out/'index.qmd').write_text('\n'.join(index)+'\n', encoding='utf-8')
+
+
+def _page(text, module, cfg):
+    "A reference page that leads to its chapter instead of repeating its address"
+    chapter = next(o for n,o in sources().items() if n == module)
+    text = re.sub(rf'\nDocs: {own_link(cfg)}\.md\n', f'\nBuilt step by step in [its chapter](../{chapter}).\n', text)
+    text = text.replace(f'title: "{cfg.lib_name}.', 'title: "', 1)
+    code = (cfg.lib_path/f'{module}.py').read_text(encoding='utf-8').splitlines()
+    def line(m): return next(f'{m[0][:-1]}{i}' for i,l in enumerate(code, 1) if re.match(rf'{m[1]}\b', l))
+    text = re.sub(r'#(\w+)\}\n\n\[source\]\S+?#L0(?!\d)', line, text) # what was not made by `def` or `class`, such as a named tuple
+    text = text.replace('| NoneType | `None` |', '| | `None` |') # a default is no type
+    return re.sub(r'^(### )\w+\.(\w+)', r'\1\2', text, flags=re.M)
 
 
 def docs():
@@ -16,8 +53,12 @@ def docs():
     os.chdir(root)
     cfg = get_config()
     refresh_quarto_yml()
+    api()
     proc = proc_nbs(n_workers=min(os.cpu_count(), 4))
     for d in (proc/'_docs', cfg.doc_path): shutil.rmtree(d, ignore_errors=True)
+    yml = proc/'_quarto.yml' # an entry whose page does not exist yet is left out; that no page lacks its entry is tested
+    there = lambda l: not (m := re.search(r'(?:- |href: )(\S+\.ipynb)$', l)) or (proc/m[1]).exists()
+    yml.write_text('\n'.join(filter(there, yml.read_text(encoding='utf-8').splitlines())), encoding='utf-8')
     quarto_only = 'runs no code|output-file is not read|unknown key format-links|format commonmark is not built'
     warnings = [w for w in build(proc, quiet=True).warnings if not re.search(quarto_only, w)]
     out = proc/'_docs'
@@ -34,7 +75,12 @@ def docs():
             seen.add(id)
             return m[0].replace('"kw"', f'"kw" id="{id}"', 1)
         text = re.sub(r'<span class="kw">(?:def|class)</span> (?:<span class="fu">)?(\w+)', anchor, text) # where `symbol` links lead
+        text = re.sub(r'<span class="fu">(\w+)</span>(?=\(<span class="va">self</span>:(\w+))', lambda m: f'<span class="fu" id="{m[2].lower()}.{m[1].lower()}">{m[1]}</span>', text) # methods
+        named = lambda m: m[0] if m[1].lower() in seen else (seen.add(m[1].lower()) or f'<span id="{m[1].lower()}">{m[1]}</span>{m[2]}')
+        text = re.sub(r'(?:^|(?<=">))([A-Z][A-Z\d_]+)( <span class="op">=</span>)', named, text, flags=re.M) # constants too
         p.write_text(text, encoding='utf-8')
+    for p in out.rglob('*.css'): # a theme's letters would come over the network; the system's do as well
+        p.write_text(re.sub(r'@import url\("?https://fonts[^)]*\);?', '', p.read_text(encoding='utf-8')), encoding='utf-8')
     shutil.move(out, cfg.doc_path)
     print(f'{len(list(cfg.doc_path.rglob("*.html")))} pages in {cfg.doc_path.name}/, open {cfg.doc_path.name}/index.html')
     if warnings: sys.exit('\n'.join(['The site is built, but not as it should be:', *warnings]))
@@ -81,6 +127,7 @@ def readme():
     nb.metadata.language_info = {'name': 'python'}
     body, res = MarkdownExporter(exclude_output_stdin=True).from_notebook_node(nb, {'output_files_dir': pics, 'unique_key': 'index'})
     body = re.sub(r'!\[\w+\]\((\S+?/index_(\d+)_\d+\.\w+)\)', lambda m: f'![{alts.get(int(m[2]), "")}]({m[1]})', body)
+    body = colab_links(body)
     body = re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', body)
     pages = sources()
     body = re.sub(rf'\]\({own_link(cfg)}[^)]*\)', lambda m: f'](nbs/{pages[m[1]]})', body)
@@ -91,6 +138,7 @@ def readme():
 if __name__ == '__main__':
     what = sys.argv[1] if len(sys.argv) > 1 else ''
     if what == 'docs': docs()
+    elif what == 'api': api()
     elif what == 'readme':
         for p in (root/pics).glob('index_*'): p.unlink()
         for p, content in readme().items(): (root/p).parent.mkdir(parents=True, exist_ok=True); (root/p).write_bytes(content)
