@@ -1,6 +1,7 @@
 # make train   see the idea at work: trains small networks on the CPU, in about four minutes
 # make test    prove the code: exports, clean notebooks, every notebook run, pytest
 # make docs    the site, into _docs/ (pip alone); make readme: README.md from nbs/index.ipynb
+# make bench   one section of the benchmark on a GPU: make bench SECTION=speed; chapter 22 lists them
 # make hooks   before you change notebooks: git merges them cell by cell, Jupyter saves them clean
 # Each sets up .venv if it is missing. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
@@ -10,11 +11,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat settings.ini pyproject.toml setup.py constraints.txt | cksum | cut -d' ' -f1)
 SCRATCH := .check
 export OMP_NUM_THREADS ?= 1
-.PHONY: setup train test test-export test-clean test-nbs test-py docs api readme export clean-nbs colab hooks release-check
+SECTION ?= speed
+.PHONY: setup train bench test test-export test-clean test-nbs test-py docs api readme export clean-nbs colab hooks release-check
 .DELETE_ON_ERROR:
 
 train: $(READY)
 	@env -u OMP_NUM_THREADS PYTHONWARNINGS=ignore::FutureWarning $(BIN)/vt_drloc_demo
+
+bench: $(READY)
+	@env -u OMP_NUM_THREADS $(BIN)/python -m vt_drloc.bench --section $(SECTION)
 
 # One after the other, also under make -j, so that the first failure is the last thing said
 test: $(READY)
