@@ -12,6 +12,10 @@ READY := $(VENV)/.ready-$(shell cat settings.ini pyproject.toml setup.py constra
 SCRATCH := .check
 export OMP_NUM_THREADS ?= 1
 SECTION ?= speed
+# without a GPU the Triton kernels are tested in Triton's interpreter, which has to be chosen before Triton is imported
+ifeq ($(shell command -v nvidia-smi),)
+export TRITON_INTERPRET = 1
+endif
 .PHONY: setup train bench test test-export test-clean test-nbs test-py docs api readme export clean-nbs colab hooks release-check
 .DELETE_ON_ERROR:
 

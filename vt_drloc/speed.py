@@ -8,8 +8,7 @@ Docs: https://SET_ME.github.io/vt_drloc/speed.html.md"""
 __all__ = ['jit', 'SKIPPING', 'can_fuse', 'window_attention', 'FusedWindowAttention', 'skip_branch', 'SkippingBlock',
            'SkippingSwinBlock', 'speed_up']
 
-# %% ../nbs/21_speed.ipynb #e1a2123b
-import os
+# %% ../nbs/21_speed.ipynb #743621d1
 from types import SimpleNamespace
 import torch
 from torch import nn
@@ -19,8 +18,9 @@ from .swin import SwinBlock, WindowAttention
 try: import triton, triton.language as tl
 except ImportError: triton,tl = None,SimpleNamespace(constexpr=int)
 
-# %% ../nbs/21_speed.ipynb #643193d8
+# %% ../nbs/21_speed.ipynb #a85ded05
 jit = triton.jit if triton else lambda f: f
+_interpreted = triton is not None and type(tl.sum).__name__=='InterpretedFunction'
 
 @jit
 def _cells(win, H, W, SR: tl.constexpr, SC: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
@@ -138,13 +138,12 @@ def _gradients(ctx, dout): return *_attention_backward(*ctx.saved_tensors, dout,
 
 _attention.register_autograd(_gradients, setup_context=_keep)
 
-# %% ../nbs/21_speed.ipynb #0af4610a
+# %% ../nbs/21_speed.ipynb #4a35c510
 def can_fuse(
     x:torch.Tensor, # Any tensor of the network
 )->bool:
-    "Can the kernels run here? On a GPU with Triton, or anywhere in Triton's interpreter (`TRITON_INTERPRET=1`); not in float64"
-    there = x.is_cuda or os.environ.get('TRITON_INTERPRET')=='1'
-    return triton is not None and there and x.dtype!=torch.float64
+    "Can the kernels run here? On a GPU with Triton, or anywhere in Triton's interpreter (`TRITON_INTERPRET=1` before Triton is imported); not in float64"
+    return triton is not None and (x.is_cuda or _interpreted) and x.dtype!=torch.float64
 
 def window_attention(
     qkv:torch.Tensor, # (B, h, w, 3D): queries, keys and values side by side, where they lie
