@@ -65,12 +65,17 @@ def test_where_the_kernel_cannot_run_it_is_the_old_module():
     padded = torch.randn(2,6,7,32)
     assert torch.equal(fast.float()(padded), slow.float()(padded))
 
+@kernels
 @pytest.mark.parametrize('shape,bias,heads,s,says', [
     ((1,6,8,96), (2,16,16), 2, 4, r'grid 6 x 8: it does not divide into windows of 4'),
     ((1,8,8,97), (2,16,16), 2, 4, r'97 numbers a cell are not q, k and v of 2 heads'),
     ((1,8,8,96), (2,9,9), 2, 4, r'bias is \(2, 9, 9\), wanted \(2, 16, 16\)')])
 def test_bad_input_of_window_attention(shape, bias, heads, s, says):
-    with pytest.raises(ValueError, match=says): window_attention(torch.zeros(shape), torch.zeros(bias), heads, s)
+    with pytest.raises(ValueError, match=says): window_attention(torch.zeros(shape, device=device), torch.zeros(bias, device=device), heads, s)
+
+def test_where_it_cannot_run_it_says_so():
+    with pytest.raises(ValueError, match='float64 on cpu: the kernel needs a GPU with Triton'):
+        window_attention(torch.zeros(1,8,8,96).double(), torch.zeros(2,16,16).double(), 2, 4)
 
 def test_skip_is_unbiased_and_exact_for_those_it_drops():
     "The mean over draws is x + f(x); a dropped image passes with gradient 1; the number is fixed"

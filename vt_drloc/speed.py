@@ -138,7 +138,7 @@ def _gradients(ctx, dout): return *_attention_backward(*ctx.saved_tensors, dout,
 
 _attention.register_autograd(_gradients, setup_context=_keep)
 
-# %% ../nbs/21_speed.ipynb #4a35c510
+# %% ../nbs/21_speed.ipynb #332c3b44
 def can_fuse(
     x:torch.Tensor, # Any tensor of the network
 )->bool:
@@ -154,6 +154,8 @@ def window_attention(
 )->torch.Tensor: # (B, h, w, D)
     "Attention in the windows of a grid, in one kernel"
     H,W,D = qkv.shape[1:]
+    if not can_fuse(qkv): raise ValueError(f"{qkv.dtype} on {qkv.device.type}: the kernel needs a GPU with Triton, or Triton's interpreter "
+                                           "(TRITON_INTERPRET=1 before anything imports Triton), and not float64; use WindowAttention")
     if H%s or W%s: raise ValueError(f"grid {H} x {W}: it does not divide into windows of {s} x {s}; pad it first")
     if D%(3*heads): raise ValueError(f"{D} numbers a cell are not q, k and v of {heads} heads: give 3 x heads x d")
     if bias.shape!=(heads,s*s,s*s): raise ValueError(f"bias is {tuple(bias.shape)}, wanted ({heads}, {s*s}, {s*s})")
