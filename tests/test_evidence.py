@@ -3,7 +3,10 @@ import json, os, signal, subprocess, sys, tarfile, time
 from pathlib import Path
 import numpy as np, pytest
 from scipy import stats
-from vt_drloc.evidence import Runner, interval, overall, read_plan, verdict
+from dataclasses import asdict
+from vt_drloc.evidence import (CLAIMS, Runner, arm, arms_table, claims_markdown, claims_table, common, contrast, cost_table, faster_table, first_reached, gains_table, gpu_minutes, interval,
+                               main, overall, plan_grid, plan_status, planned, plot_accuracy, plot_gains, plot_learning, position_table, reach_table, read_plan, runs_table, verdict)
+from vt_drloc.train import Recipe, read_records
 
 root = Path(__file__).resolve().parent.parent
 
@@ -179,5 +182,144 @@ def test_console(tmp_path):
     assert res.returncode == 0 and '1 done' in res.stdout, res.stdout + res.stderr
     assert json.loads((tmp_path/'o'/'digits-demo_cvt-none-s0.json').read_text())['status'] == 'complete'
     (tmp_path/'p.txt').write_text('train it')
-    res = subprocess.run([*cmd, '--plan', str(tmp_path/'p.txt')], env=env, capture_output=True, text=True)
-    assert res.returncode == 1 and 'line 1' in res.stderr and 'Traceback' not in res.stderr
+    with pytest.raises(SystemExit, match='line 1'): main(plan=str(tmp_path/'p.txt'), out=str(tmp_path/'o'), gpus=0)
+    with pytest.raises(SystemExit, match='--plan'): main()
+
+# --- tables, on records whose answers are known
+
+def rec(seed=0, drloc='none', last=80., gpu='0', start=0, wall=100., epoch_s=1., accs=None, status='complete', position=None, name='cifar10', **kw):
+    "A record with the accuracies that are wanted"
+    accs = accs or [last-3, last-2, last-1, last]
+    r = Recipe(data=name, drloc=drloc, seed=seed, tfms='paper', epochs=len(accs), compile=True, **{'model':'swin_mini', **kw}).check()
+    es = [dict(epoch=i, accuracy=a/100, drloc=.2, train_s=epoch_s*(60 if i==0 else 1), wall_s=wall*(i+1)/len(accs)) for i,a in enumerate(accs)]
+    return dict(status=status, recipe=asdict(r), data=dict(name=name, size=[32,32], held='device'), hardware=dict(device='GPU', gpu=gpu), epochs=es, wall_s=wall, runs_on_device=9,
+                started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(1e9+start)), revision='r'*40, versions=dict(torch='2'), **({'position': position} if position else {}))
+
+def three(gain=(1.,1.1,.9), **kw):
+    "Three seeds of both arms"
+    return [o for s,g in enumerate(gain) for o in (rec(s, last=80+s, **kw), rec(s, 'paper', last=80+s+g, **kw))]
+
+def test_minutes_add_up():
+    "Whatever the overlaps, the shares of all runs are the time in which the GPU was in use"
+    rng = np.random.RandomState(0)
+    recs = [rec(i, gpu=str(i%2), start=int(rng.randint(100)), wall=float(rng.randint(20, 200))) for i in range(12)]
+    minutes = gpu_minutes(recs)
+    for g in '01':
+        some = [(calendar_of(r), calendar_of(r)+r['wall_s']) for r in recs if r['hardware']['gpu']==g]
+        busy = sum(any(a <= t+.5 < b for a,b in some) for t in range(int(1e9), int(1e9)+400))/60
+        assert sum(m for m,r in zip(minutes, recs) if r['hardware']['gpu']==g) == pytest.approx(busy)
+    assert gpu_minutes([rec(wall=90.)]) == [1.5]
+
+def calendar_of(r):
+    import calendar
+    return calendar.timegm(time.strptime(r['started'], '%Y-%m-%dT%H:%M:%SZ'))
+
+def test_minutes_of_old_records():
+    "Records that do not name their GPU: wall time over the runs that shared it, as before"
+    for r,m in zip(read_records(), gpu_minutes(read_records())):
+        if 'gpu' not in r['hardware']: assert m == pytest.approx(r['wall_s']/60/r['runs_on_device'])
+
+def test_arm_in_words():
+    words = lambda **kw: arm(rec(**kw)['recipe'])
+    assert words() == 'without' and words(drloc='paper') == 'with L_drloc' and words(drloc='paper', lambda_drloc=.5) == 'with L_drloc'
+    assert words(drloc='paper', lambda_drloc=.05) == 'with L_drloc, lambda=0.05' and words(drloc='paper', m=16) == 'with L_drloc, m=16'
+    assert words(drloc='paper', control='permuted') == 'with L_drloc, permuted' and words(drloc='paper', variant='ce') == 'with L_drloc, ce'
+    assert words(drloc='released') == 'with L_drloc, released'
+    for r in read_records(): assert arm(r['recipe']) in ('without','with L_drloc') or r['recipe'].get('control') or 'variant' in r['recipe']
+
+def test_gains_are_paired_by_seed_and_by_setting():
+    recs = three() + [rec(3, last=99.), rec(4, 'paper', last=10.), rec(0, last=1., share=.1)]
+    runs = runs_table(recs)
+    (key,g), = contrast(runs).items()
+    assert g == pytest.approx([1.,1.1,.9])
+    row, = gains_table(runs).to_dict('records')
+    lo,hi = interval([1.,1.1,.9])
+    assert (row['seeds'],row['verdict']) == (3,'holds') and (row['gain'],row['from'],row['to']) == pytest.approx((1.,lo,hi))
+    assert row['without'] == pytest.approx(81.) and row['with L_drloc'] == pytest.approx(82.)     # of the paired seeds alone
+
+def test_a_run_that_was_cut_short_is_shown_and_not_counted():
+    recs = three()
+    recs[1]['status'] = 'cut short'
+    runs = runs_table(recs)
+    assert len(runs) == 6 and (runs.status=='cut short').sum() == 1
+    row, = gains_table(runs).to_dict('records')
+    assert row['seeds'] == 2 and row['verdict'] == 'no verdict'
+
+def test_extra_minutes():
+    recs = [r for s in range(3) for r in (rec(s, gpu=f'{s}a', wall=60.), rec(s, 'paper', last=81., gpu=f'{s}b', wall=90.))]
+    assert gains_table(runs_table(recs))['extra GPU min'].tolist() == pytest.approx([.5])
+
+def test_epochs_to_the_mark():
+    base,fast,never = rec(accs=[50,70,80,79.]),rec(drloc='paper', accs=[60,79,85,86.]),rec(1, 'paper', accs=[10,20,30,40.])
+    assert first_reached(base, 79.) == 3 and first_reached(fast, 79.) == 2 and first_reached(never, 79.) is None
+    t = reach_table(runs_table([base, fast, rec(1, accs=[50,70,80,79.]), never])).to_dict('records')
+    assert [(r['epochs without'], r['epochs with L_drloc'], r['saved'], r['reached with L_drloc']) for r in t] == [(3,2,1,True), (3,5,-2,False)]
+    assert t[0]['minutes with L_drloc'] == pytest.approx(100/60/4*2/4)      # four runs share 100 s, and the mark is at half of them
+    f, = faster_table(reach_table(runs_table([base, fast, rec(1, accs=[50,70,80,79.]), never]))).to_dict('records')
+    assert (f['never reached'], f['epochs saved'], f['verdict']) == (1, -.5, 'no verdict')
+
+def test_cost_leaves_compiling_out():
+    "The first epoch took 60 times as long; 4 % remain"
+    recs = [rec(s, arm_, epoch_s=t) for s in range(3) for arm_,t in (('none',1.),('paper',1.04))]
+    assert cost_table(runs_table(recs))['more, %'].tolist() == pytest.approx([4.])
+
+def test_position_beside_accuracy():
+    pos = lambda v: dict(error={'images':[v,v+.2], 'scrambled pixels':[2,2], 'constant image':[1,1]}, guessing=[1.5,1.5])
+    recs = [rec(s, 'paper', position=dict(side_task=pos(.3+s), probe=pos(.5))) for s in range(2)] + [rec(0, position=dict(probe=pos(1.)))] + [rec(1)]
+    t = position_table(recs).set_index(['measure','arm'])
+    assert t.loc[('side task','with L_drloc')]['images'] == pytest.approx(.9) and t.loc[('side task','with L_drloc')]['seeds'] == 2
+    assert t.loc[('probe','without')]['images'] == pytest.approx(1.1) and ('side task','without') not in t.index
+
+def test_plan_against_records():
+    "Complete, cut short and missing runs, each by name"
+    plan = root/'nbs/results/plans/32px_cifar10.txt'
+    runs = read_plan(plan)
+    made = [dict(rec(accs=[1.,2.]), recipe=asdict(r.recipe.check())) for r in runs[:2]]
+    made[1]['status'] = 'cut short'
+    s = plan_status(plan, made)
+    assert s.state.tolist() == ['complete','cut short after 2 of 100 epochs'] + ['not run yet']*16 and s.name.is_unique
+    assert planned(plan, [*reversed(made), rec()]) == made
+    grid = plan_grid(s)
+    assert len(grid) == 6 and grid.loc[0,'seed 0'] == 'complete' and grid.loc[5,'seed 2'] == 'not run yet'
+
+def test_pages_without_records():
+    "Every table and figure says that there is nothing, and does not fail"
+    runs = runs_table([])
+    for t in (gains_table(runs), arms_table(runs), reach_table(runs), faster_table(reach_table(runs)), cost_table(runs), position_table([])): assert len(t)==0 and len(t.columns)
+    assert set(claims_table(runs).verdict) == {'not tested yet'} and 'no records yet' in common([]).to_string()
+    for plot in (plot_accuracy, plot_learning): assert 'no complete runs' in plot(runs)[0].texts[0].get_text()
+    plot_gains(runs, show=[('cifar10','swin_mini')])
+
+# --- claims
+
+def said(recs): return claims_table(runs_table(recs)).set_index('claim').verdict
+
+def test_claims_follow_the_runs():
+    swin,t2t = three(),three((-1.,-1.1,-.9), model='t2t_mini')
+    v = said(swin+t2t)
+    assert v.filter(like='Swin is').tolist() == ['holds'] and v.filter(like='T2T is').tolist() == ['does not'] and v.filter(like='CvT is').tolist() == ['not tested yet']
+    assert v['It helps whatever the visual transformer'] == 'in part'
+    assert v.filter(like='59.47').tolist() == ['not tested yet'] and v.filter(like='Flowers').tolist() == ['not tested yet']
+
+def test_claim_of_less_data():
+    "Gains of 1 with all images; of 3 with a tenth"
+    tenth = [o for s,g in enumerate((3.,3.1,2.9)) for o in (rec(s, last=50., share=.1), rec(s, 'paper', last=50.+g, share=.1))]
+    key = 'The smaller the data set, the more it helps'
+    assert said(three()+tenth)[key] == 'holds' and said(three())[key] == 'not tested yet'
+    assert said(three((3.,3.1,2.9)) + [o for s in range(3) for o in (rec(s, last=50., share=.1), rec(s, 'paper', last=50.1, share=.1))])[key] == 'does not'
+
+def test_claims_of_controls():
+    recs = three() + [rec(s, 'paper', last=80+s+g, control='permuted') for s,g in enumerate((1.,1.,1.))] + [rec(s, 'paper', last=80+s, control='detached') for s in range(3)]
+    v = said(recs)
+    assert v.filter(like='permuted').tolist() == ['does not'] and v.filter(like='detached').tolist() == ['holds']
+
+def test_claim_of_cost():
+    def cost(more): return said([rec(s, a, epoch_s=t) for s in range(3) for a,t in (('none',1.),('paper',more+s/1000))])['The side task costs next to nothing']
+    assert (cost(1.02),cost(1.10),cost(1.049)) == ('holds','does not','undecided')
+
+def test_claims_have_a_place_and_a_page():
+    for claim,source,judge,page in CLAIMS:
+        assert source in ('text','implied') or 'Table' in source
+        assert not page or (root/'nbs/results'/page).exists()
+    md = claims_markdown(claims_table(runs_table(three())))
+    assert md.count('\n') == len(CLAIMS)+1 and '**holds**' in md and md.count('](02_small_32px.ipynb)') >= 3

@@ -11,10 +11,11 @@ __all__ = ['HOLDS', 'NOT', 'OPEN', 'NONE', 'UNTESTED', 'PART', 'SETTING', 'PAPER
            'position_table', 'planned', 'plan_status', 'plan_grid', 'family', 'plot_gains', 'plot_accuracy',
            'plot_learning', 'claims_table', 'claims_markdown']
 
-# %% ../nbs/23_evidence.ipynb #c8d20a1e
+# %% ../nbs/23_evidence.ipynb #10676218
 import calendar, json, math, os, shlex, shutil, signal, subprocess, sys, tarfile, time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from heapq import heapify, heapreplace
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -62,7 +63,7 @@ def overall(
     if len(set(said))==1: return said[0]
     return PART if HOLDS in said or PART in said else OPEN
 
-# %% ../nbs/23_evidence.ipynb #a49f42c8
+# %% ../nbs/23_evidence.ipynb #eb4e6e46
 @dataclass
 class Run:
     "One line of a plan"
@@ -79,12 +80,16 @@ class Run:
     @property
     def kind(self): return (self.recipe.data,self.recipe.model,self.recipe.drloc,self.recipe.variant,self.recipe.control,self.recipe.bs,self.recipe.share,self.recipe.size)
 
-def _recipe(args):
-    "The recipe that arguments of `vt_drloc_train` mean"
+@cache
+def _parser():
     parser = anno_parser(train_main.__wrapped__, prog='vt_drloc_train')
     def error(message): raise ValueError(message)
     parser.error = error
-    kw = {k: v for k,v in vars(parser.parse_args(args)).items() if k in Recipe.__dataclass_fields__ and v is not None}
+    return parser
+
+def _recipe(args):
+    "The recipe that arguments of `vt_drloc_train` mean"
+    kw = {k: v for k,v in vars(_parser().parse_args(args)).items() if k in Recipe.__dataclass_fields__ and v is not None}
     return Recipe(**kw, mix='--no-mix' not in args)
 
 def read_plan(
@@ -349,7 +354,7 @@ def runs_table(
             best=100*max(e['accuracy'] for e in es) if es else None, gpu_min=minutes, epoch_s=np.median(seconds) if seconds else None, rec=rec))
     return pd.DataFrame(rows, columns=[*SETTING, 'arm', 'seed', 'status', 'done', 'last', 'best', 'gpu_min', 'epoch_s', 'rec'])
 
-# %% ../nbs/23_evidence.ipynb #c7ade95a
+# %% ../nbs/23_evidence.ipynb #2c114d29
 def arms_table(
     runs:pd.DataFrame # from `runs_table`
 )->pd.DataFrame: # one row for each setting and arm
@@ -362,21 +367,23 @@ def arms_table(
 
 def _key(row): return tuple(row[k] for k in SETTING)
 
+def _paired(runs, a, b, what='last'):
+    "setting -> what both arms have, (n, 2), a row for each seed that both completed"
+    ok = runs[runs.status=='complete']
+    def of(name): return {(*_key(r), r.seed): r[what] for _,r in ok[ok.arm==name].iterrows()}
+    x,y,res = of(a),of(b),{}
+    for key in x:
+        if key in y and None not in (x[key], y[key]): res.setdefault(key[:-1], []).append((x[key], y[key]))
+    return {k: np.array(v, dtype=float) for k,v in res.items()}
+
 def contrast(
     runs:pd.DataFrame, # from `runs_table`
     a:str='with L_drloc', # arm
     b:str='without', # arm that it is held against
-    what:str='last', # column that is compared
-    across:tuple=() # columns of the setting in which the two may differ
+    what:str='last' # column that is compared
 )->dict: # setting -> differences a - b, one a seed
     "Paired differences between two arms"
-    keys = [k for k in SETTING if k not in across]
-    ok = runs[runs.status=='complete']
-    def of(name): return {(*(r[k] for k in keys), r.seed): r[what] for _,r in ok[ok.arm==name].iterrows()}
-    x,y,res = of(a),of(b),{}
-    for key in sorted(x.keys() & y.keys(), key=str):
-        if x[key] is not None and y[key] is not None: res.setdefault(key[:-1], []).append(x[key]-y[key])
-    return res
+    return {k: (v[:,0]-v[:,1]).tolist() for k,v in _paired(runs, a, b, what).items()}
 
 def gains_table(
     runs:pd.DataFrame, # from `runs_table`
@@ -385,11 +392,11 @@ def gains_table(
 )->pd.DataFrame: # one row a setting
     "Mean, interval and verdict of a gain, and the extra minutes beside it"
     extra,rows = contrast(runs, a, b, 'gpu_min'),[]
-    for key,g in contrast(runs, a, b).items():
+    for key,v in _paired(runs, a, b).items():
+        g,s = v[:,0]-v[:,1],dict(zip(SETTING, key))
         lo,hi = interval(g) if len(g) > 1 else (None,None)
-        mean = {o: runs[(runs.arm==o) & (runs.status=='complete') & runs.apply(lambda r: _key(r)==key, axis=1)]['last'].mean() for o in (b,a)}
-        s = dict(zip(SETTING, key))
-        rows.append({k: s[k] for k in ('data','model','tfms','share')} | dict(seeds=len(g), **mean, gain=np.mean(g), **{'from': lo, 'to': hi}, verdict=verdict(g), **{'extra GPU min': np.mean(extra[key])}))
+        rows.append({k: s[k] for k in ('data','model','tfms','share')} | {'seeds': len(g), b: v[:,1].mean(), a: v[:,0].mean(), 'gain': g.mean(), 'from': lo, 'to': hi,
+                     'verdict': verdict(g), 'extra GPU min': np.mean(extra[key])})
     return pd.DataFrame(rows, columns=['data','model','tfms','share','seeds',b,a,'gain','from','to','verdict','extra GPU min'])
 
 # %% ../nbs/23_evidence.ipynb #e5af5661
@@ -465,26 +472,30 @@ def position_table(
     g = pd.DataFrame(rows).groupby(keys, sort=False)
     return g.mean(numeric_only=True).drop(columns='seed').assign(seeds=g.size()).reset_index()
 
-# %% ../nbs/23_evidence.ipynb #76cec156
-def _named(recs): return {run_name(Recipe(**{k: v for k,v in r['recipe'].items() if k in Recipe.__dataclass_fields__})): r for r in recs}
+# %% ../nbs/23_evidence.ipynb #acae77a1
+def _belongs(rec, recipe):
+    "Is this the record of a recipe? Fields that a record is too old to have do not count, nor does what only makes it faster"
+    mine = json.loads(json.dumps(vars(recipe.check())))
+    return all(rec['recipe'][k]==v for k,v in mine.items() if k in rec['recipe'] and k not in ('name','compile','fast','precision'))
+
+def _record_of(run, recs): return next((r for r in recs if _belongs(r, run.recipe)), None)
 
 def planned(
     plan, # file of commands
     recs # run records
 )->list: # run records
     "The records of a plan's runs, in its order"
-    names = _named(recs)
-    return [names[r.name] for r in read_plan(plan) if r.name in names]
+    found = [_record_of(run, recs) for run in read_plan(plan)]
+    return [r for r in found if r]
 
 def plan_status(
     plan, # file of commands
     recs # run records
 )->pd.DataFrame: # one row a run of the plan
     "Which runs of a plan are complete, which were cut short, which are missing"
-    names = _named(recs)
     rows = []
     for run in read_plan(plan):
-        r,rec = run.recipe,names.get(run.name)
+        r,rec = run.recipe,_record_of(run, recs)
         state = 'not run yet' if rec is None else 'complete' if rec['status']=='complete' else f"cut short after {len(rec['epochs'])} of {r.epochs} epochs"
         rows.append(dict(data=r.data, model=r.model, share=r.share, arm=arm(vars(r.check())), seed=r.seed, state=state, name=run.name))
     return pd.DataFrame(rows)
@@ -495,7 +506,7 @@ def plan_grid(
     "The state of a plan at a glance"
     return status.pivot_table('state', ['data','model','share','arm'], 'seed', aggfunc='first', sort=False).rename(columns=lambda s: f'seed {s}').reset_index().rename_axis(columns=None)
 
-# %% ../nbs/23_evidence.ipynb #40e77372
+# %% ../nbs/23_evidence.ipynb #2837f8f1
 PAPER = {('swin','cifar10'): (59.47, 83.89), ('swin','cifar100'): (53.28, 66.23), ('t2t','cifar10'): (84.19, 87.56),   # Table 3: without, with
          ('t2t','cifar100'): (65.16, 68.03), ('cvt','cifar10'): (89.02, 90.30), ('cvt','cifar100'): (73.50, 74.51)}
 OTHERS = {('swin','cifar10'): [(86.17, 88.29)]}   # the authors' re-run of 2025 on one GPU, best epoch of 101
@@ -512,55 +523,63 @@ def plot_gains(
     import matplotlib.pyplot as plt
     from vt_drloc.plots import PALETTE
     gs = {(k[0],k[1]): g for k,g in contrast(runs, a, b).items()}
-    rows = show or list(gs)
-    fig,ax = plt.subplots(figsize=(7, 1.2+.5*len(rows)), layout='constrained')
+    rows,blue = show or list(gs),PALETTE['blue']
+    fig,ax = plt.subplots(figsize=(7, 1.6+.45*len(rows)), layout='constrained')
+    marks = dict(ours=dict(marker='o', color=blue, ms=5), others=dict(marker='s', color=PALETTE['grey'], ms=6), paper=dict(marker='D', mfc='none', mec=PALETTE['orange'], ms=7))
+    words = dict(ours='ours, a dot for each seed, mean and 95 % interval', others="others' re-run, 224 px", paper='paper, 224 px')
     for y,(data,model) in enumerate(rows):
         g,key = gs.get((data,model), []),(family(model),data)
-        if len(g) > 1: ax.plot(interval(g), [y,y], color=PALETTE['blue'], lw=2, alpha=.6); ax.plot([np.mean(g)]*2, [y-.2,y+.2], color=PALETTE['blue'], lw=2)
-        ax.plot(g, [y]*len(g), 'o', color=PALETTE['blue'], ms=5, label='' if y else 'ours, one dot a seed')
-        for c,d in OTHERS.get(key, []): ax.plot(d-c, y, 's', color=PALETTE['grey'], ms=6, label="others' re-run, 224 px")
-        if key in PAPER: ax.plot(PAPER[key][1]-PAPER[key][0], y, 'D', mfc='none', mec=PALETTE['orange'], ms=7, label='' if y else 'paper, 224 px')
+        if len(g) > 1:
+            ax.plot(interval(g), [y,y], color=blue, lw=2, alpha=.6)
+            ax.plot([np.mean(g)]*2, [y-.2,y+.2], color=blue, lw=2)
+        for who,gain in (('ours', g), ('others', [d-c for c,d in OTHERS.get(key, [])]), ('paper', [d-c for c,d in [PAPER[key]]] if key in PAPER else [])): ax.plot(gain, [y]*len(gain), ls='', **marks[who])
     ax.axvline(0, color=PALETTE['grey'], lw=1)
     ax.set_xscale('symlog', linthresh=2, linscale=1.5)
     ax.set(yticks=range(len(rows)), yticklabels=[f'{m}, {d}' for d,m in rows], xlabel='gain in points (linear up to 2, logarithmic beyond)', xticks=[-2,-1,0,1,2,5,10,25], xticklabels=[-2,-1,0,1,2,5,10,25])
-    ax.invert_yaxis(); ax.legend(loc='lower right', fontsize=8)
+    ax.set_xlim(min(-2.5, ax.get_xlim()[0]), 40)
+    ax.invert_yaxis()
+    fig.legend([plt.Line2D([], [], ls='', **m) for m in marks.values()], words.values(), loc='outside lower center', ncols=3, fontsize=8)
     return ax
 
-# %% ../nbs/23_evidence.ipynb #ccb5c968
+# %% ../nbs/23_evidence.ipynb #08533bb7
+def _panels(n, width, height, most=3):
+    "Axes for n panels, at most three in a row; those not needed are hidden"
+    import matplotlib.pyplot as plt
+    cols,rows = max(min(n, most), 1),max(math.ceil(n/most), 1)
+    axs = plt.subplots(rows, cols, figsize=(width*cols, height*rows), layout='constrained', squeeze=False)[1].ravel()
+    for ax in axs[n:]: ax.set_axis_off()
+    if not n: axs[0].text(0, .5, 'no complete runs yet')
+    return axs
+
 def plot_accuracy(
     runs:pd.DataFrame, # from `runs_table`
     arms=('without','with L_drloc') # arms to show
 ):
     "Last-epoch accuracy: every seed a dot, the mean a line"
-    import matplotlib.pyplot as plt
-    from vt_drloc.plots import PALETTE
     ok = runs[(runs.status=='complete') & runs.arm.isin(arms)]
     groups = list(ok.groupby(['data','model'], sort=False))
-    fig,axs = plt.subplots(1, max(len(groups), 1), figsize=(2.6*max(len(groups), 1), 3), layout='constrained', squeeze=False)
-    for ax,((data,model),g) in zip(axs[0], groups):
+    axs = _panels(len(groups), 2.6, 3)
+    for ax,((data,model),g) in zip(axs, groups):
         for x,name in enumerate(arms):
             ys = g[g.arm==name]['last']
-            ax.plot([x]*len(ys), ys, 'o', color=PALETTE[['blue','orange'][x%2]], ms=5)
-            if len(ys): ax.plot([x-.2,x+.2], [ys.mean()]*2, color=PALETTE[['blue','orange'][x%2]], lw=2)
+            ax.plot([x]*len(ys), ys, 'o', color=f'C{x}', ms=5)
+            if len(ys): ax.plot([x-.2,x+.2], [ys.mean()]*2, color=f'C{x}', lw=2)
         ax.set(xticks=range(len(arms)), xticklabels=[o.replace('with ', 'with\n') for o in arms], xlim=(-.5, len(arms)-.5), title=f'{model}\n{data}')
-    axs[0,0].set_ylabel('last epoch, test accuracy (%)')
-    if not groups: axs[0,0].set_axis_off()
+    axs[0].set_ylabel('last epoch, test accuracy (%)')
     return axs
 
-# %% ../nbs/23_evidence.ipynb #703f5144
+# %% ../nbs/23_evidence.ipynb #d1acf286
 def plot_learning(
     runs:pd.DataFrame, # from `runs_table`
     arms=('without','with L_drloc') # arms to show
 ):
     "Accuracy by epoch, a panel for each data set and network; every seed thin, their mean thick"
-    import matplotlib.pyplot as plt
     from vt_drloc.plots import plot_curves
     groups = list(runs[runs.arm.isin(arms) & (runs.done > 0)].groupby(['data','model'], sort=False))
-    fig,axs = plt.subplots(1, max(len(groups), 1), figsize=(4*max(len(groups), 1), 3), layout='constrained', squeeze=False)
-    for ax,((data,model),g) in zip(axs[0], groups):
+    axs = _panels(len(groups), 4, 3)
+    for ax,((data,model),g) in zip(axs, groups):
         plot_curves({o: [[100*e['accuracy'] for e in r['epochs']] for r in g[g.arm==o].rec] for o in arms if (g.arm==o).any()}, 'test accuracy (%)', ax=ax)
         ax.set_title(f'{model}, {data}')
-    if not groups: axs[0,0].set_axis_off()
     return axs
 
 # %% ../nbs/23_evidence.ipynb #a9f90c29
@@ -590,7 +609,7 @@ def _arms(runs, better, worse):
     "Verdicts of one arm against another"
     return _each(contrast(runs, better, worse))
 
-# %% ../nbs/23_evidence.ipynb #a51f95ef
+# %% ../nbs/23_evidence.ipynb #bc266cdb
 W = 'with L_drloc'
 CLAIMS = [  # claim, where it stands, how it is judged, where the evidence is
     ('With the side task Swin is more accurate, trained from scratch', 'Table 3', lambda r: _gain(r, 'swin'), '02_small_32px.ipynb'),
@@ -620,8 +639,8 @@ def claims_table(
     rows = []
     for claim,source,judge,page in CLAIMS:
         vs = judge(runs)
-        counts = ', '.join(f'{vs.count(v)} {v}' for v in (HOLDS, NOT, OPEN, NONE) if v in vs)
-        rows.append(dict(claim=claim, source=source, verdict=overall(vs), rests=counts and f'of {len(vs)}: {counts}', page=page))
+        counts = ', '.join(f'{v}: {vs.count(v)}' for v in (HOLDS, NOT, OPEN, NONE) if v in vs)
+        rows.append(dict(claim=claim, source=source, verdict=overall(vs), rests=counts, page=page))
     return pd.DataFrame(rows)
 
 def claims_markdown(table)->str:
