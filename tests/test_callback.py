@@ -300,6 +300,16 @@ def test_compiled(how, backend):
     else: assert 'tapped' not in repr(learn.model.forward_features)
     torch.compiler.reset()
 
+def test_compiled_loss():
+    "The loss compiled, too: the same run, and a copy of the callback compiles for itself"
+    cb = drloc(compile=dict(backend='aot_eager', fullgraph=True))
+    ref,learn = learner(drloc()),learner(cb)
+    for l in (ref,learn): l.fit(2)
+    near(weights(ref.model), weights(learn.model))
+    near(mlp(ref), mlp(learn))
+    assert cb.compiled is not None and copy.deepcopy(cb).compiled is None
+    torch.compiler.reset()
+
 # --- several processes
 
 ddp_cases = dict(plain=dict(), unused=dict(unused=True), ddp_compile=dict(inner=True), compile_ddp=dict(outer=True), late=dict(late=True),

@@ -9,7 +9,7 @@ import pytest, tomllib
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
 cfg = ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf-8'); cfg = cfg['DEFAULT']
-order = ('tokens attention vit hybrid pairs loss callback data randaugment augment gpus resume swin t2t cvt models variants plots '
+order = ('tokens attention vit hybrid pairs speed_loss loss callback data randaugment augment gpus resume swin t2t cvt models variants plots '
          'watch compare evaluate speed train bench').split()
 bare = set('tokens attention vit hybrid pairs loss swin t2t cvt variants'.split())     # these need torch, einops and fastcore alone
 modules = sorted(p for p in (root/'vt_drloc').glob('*.py') if p.name[0] != '_')
