@@ -73,7 +73,8 @@ class Recipe:
     pool:str = 'auto'             # pool the side task's grid: none, 2x2, 3x3; auto: as the preset does, if a side is over 8
     heldout:int = 0               # judge on this many training images instead of the test set
     precision:str = 'auto'        # bf16, fp16 or float32; auto: bf16 on GPUs that have it, else fp16; float32 on the CPU
-    compile:bool = False          # compile the model: slower start, faster steps
+    compile:bool = False          # compile model and side task: slower start, faster steps
+    graphs:bool = True            # with compile, on one GPU: replay each pass as a CUDA graph instead of starting its kernels one by one
     fast:bool = True              # on a GPU: window attention in one kernel, and drop path that computes only what it keeps
 
 # %% ../nbs/10_train.ipynb #27f2d763
@@ -346,10 +347,10 @@ def _pool(r, model, size):
     model.train(was)
     return max(grid.shape[2:])>8 or None
 
-def _side_task(r, model, size):
+def _side_task(r, model, size, compiling=None):
     "The callback of a checked recipe's side task"
     pool = _pool(r, model, size)
-    if (r.drloc,r.variant,pool)==('paper','drloc',None): return DrlocCallback(r.lambda_drloc, m=r.m, seed=r.seed)
+    if (r.drloc,r.variant,pool)==('paper','drloc',None): return DrlocCallback(r.lambda_drloc, m=r.m, seed=r.seed, compile=compiling)
     return drloc_callback(r.variant, r.drloc, r.lambda_drloc, model=model, epochs=r.epochs, m=r.m, seed=r.seed, pool=pool)
 
 def _callbacks(r, device, weights, bar):
@@ -384,6 +385,15 @@ def _speed_up(model):
     from vt_drloc.speed import speed_up
     speed_up(model)
 
+def _compiling(r, device):
+    "Arguments of `torch.compile` for a recipe"
+    return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and device.type=='cuda' and world()==1 else {}))
+
+def _same_batches(dl):
+    "Judge in batches of one size, so that there is one shape to compile: the largest divisor of the images, unless it is far below"
+    best = max(d for d in range(1, dl.bs+1) if dl.n%d==0)
+    if best >= dl.bs/2: dl.bs = best
+
 def build(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
@@ -405,8 +415,10 @@ def build(
     model = create_model(r.model, dls.c, img_size=size, drop_path=r.drop_path, pretrained=r.pretrained=='imagenet' or r.pretrained).to(device)
     if r.fast and device.type=='cuda': _speed_up(model)
     cbs = _callbacks(r, device, weights, bar and not _rank())
-    if r.drloc!='none': cbs.append(_side_task(r, model, size))
-    if r.compile: model.compile()
+    if r.drloc!='none': cbs.append(_side_task(r, model, size, _compiling(r, device) if r.compile else None))
+    if r.compile:
+        model.compile(**_compiling(r, device))
+        _same_batches(dls.valid)
     if out: cbs += _files(r, out, dls, device, beside, save_every, minutes, resume)
     for dl in dls: share(dl)
     if _rank(): set_seed(own_seed(r.seed))
