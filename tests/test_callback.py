@@ -310,6 +310,21 @@ def test_compiled_loss():
     assert cb.compiled is not None and copy.deepcopy(cb).compiled is None
     torch.compiler.reset()
 
+def test_a_step_that_dies_leaves_no_autocast():
+    "Left open, autocast keeps its copies of the weights, and nothing that is trained afterwards learns"
+    class Half(MixedPrecision):
+        def before_fit(self): self.autocast,self.learn.scaler = torch.autocast('cpu', torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False)
+        def after_fit(self): self.autocast = None
+    class Dies(Callback):
+        order = MixedPrecision.order-1
+        def after_loss(self): raise KeyboardInterrupt
+    learn = learner([drloc(), Half(), Dies()])
+    with torch.autocast('cpu', torch.bfloat16):
+        with pytest.raises(KeyboardInterrupt): learn.fit(1)
+        assert torch.is_autocast_enabled('cpu') and torch.autocast_increment_nesting()==2 and torch.autocast_decrement_nesting()==1
+    with pytest.raises(KeyboardInterrupt): learn.fit(1)
+    assert not torch.is_autocast_enabled('cpu') and torch.autocast_increment_nesting()==1 and not torch.autocast_decrement_nesting()
+
 # --- several processes
 
 ddp_cases = dict(plain=dict(), unused=dict(unused=True), ddp_compile=dict(inner=True), compile_ddp=dict(outer=True), late=dict(late=True),

@@ -105,8 +105,8 @@ class DrlocCallback(Callback):
         reduction:str='mean', # over the images of a batch: 'mean', or the paper's literal 'sum'
         seed:int=0, # of the MLP's first weights and of the pairs; global generators are left alone
         tap=None, # where the grid is, for a model that `as_backbone` does not know: a submodule's dotted name, or a dict of its arguments (`tap`, `layout`, ...); a list gives a list of grids
-        compile:dict=None, # arguments of `torch.compile` for the loss; `None`: not compiled, as all losses but `DrlocLoss` are
         loss=None, # makes another loss: called as `loss(dim, k=(h, w), m=, hidden=, reduction=, seed=)`; None is `DrlocLoss`
+        compile:dict=None # arguments of `torch.compile` for the loss; `None`: not compiled, as all losses but `DrlocLoss` are
     ):
         DrlocLoss(1, m, hidden, reduction, seed=seed) # refuses bad values at once
         if not (loss is None or callable(loss)): raise ValueError(f"loss={loss!r}: give a function that makes the loss, such as a class")
@@ -255,9 +255,23 @@ def _stand_in(name):
         return f
     return _inner
 
+def _autocast_state():
+    "How deep in autocast contexts, and what is on for which device"
+    depth = torch.autocast_increment_nesting()-1
+    torch.autocast_decrement_nesting()
+    return depth,[(d,torch.is_autocast_enabled(d),torch.get_autocast_dtype(d)) for d in ('cpu','cuda')]
+
+def _leave_autocast(state):
+    "Back to a state; the contexts that a step left open when it died are closed"
+    depth,devices = state
+    while _autocast_state()[0]>depth: torch.autocast_decrement_nesting()
+    if not depth: torch.clear_autocast_cache()
+    for d,on,dtype in devices: torch.set_autocast_enabled(d, on); torch.set_autocast_dtype(d, dtype)
+
 @_stand_in('fit')
 def _fit(stock, learn, *args, **kwargs):
     with ExitStack() as undo:
+        undo.callback(_leave_autocast, _autocast_state())
         undo.callback(vars(learn).pop, '_drloc_undo', None)
         learn._drloc_undo = undo
         return stock(learn, *args, **kwargs)
