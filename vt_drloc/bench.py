@@ -463,10 +463,10 @@ def side_goals(
 
 # %% ../nbs/22_bench.ipynb #d115601f
 _full = dict(drloc='paper', tfms='paper', compile=True, warmup=0)
-_whole = partial(Case, 'whole', batch=512, drop_path=.2, **_fast)
+_whole = partial(Case, section='whole', batch=512, drop_path=.2, **_fast)
 _train = partial(_whole, kind='learner', steps=30, judged=10_000, recipe=_full)
 SECTIONS['whole'] = [
-    _whole('bare step'), _train('Learner'), _train('Learner, two cores', cores=2),
+    _whole(name='bare step'), _train(name='Learner'), _train(name='Learner, two cores', cores=2),
     Case('whole', 'rival', model=_timm, kind='rival', batch=128, drop_path=.2, precision='float32', arms=('eager side',), steps=20)]
 
 def _per_image(rec, key='block_s'):
@@ -496,7 +496,7 @@ def whole_goals(
 # %% ../nbs/22_bench.ipynb #cd658417
 def _gpu_cases(have, **kw):
     "One GPU, two, and four if there are so many"
-    case = lambda name, n, batch: _train(name, section='gpus', processes=n, batch=batch, judged=0, **kw)
+    case = lambda name, n, batch: _train(name=name, section='gpus', processes=n, batch=batch, judged=0, **kw)
     return [case('one GPU', 1, 512), case('2 GPUs', 2, 1024), case('2 GPUs, one batch of 512', 2, 512),
             *([case('4 GPUs', 4, 2048)] if have>=4 else [])]
 
