@@ -805,7 +805,8 @@ def main(
     more = dict(path=path, plan=plan, seeds=tuple(map(int, seeds.split(','))), only=only, epochs=epochs, beside=beside, out=out)
     try: rows = what(device, rounds, minutes, say, **more) if callable(what) else measure_cases(what, device, rounds, minutes, say)
     except (ValueError, RuntimeError) as e: sys.exit(f'vt_drloc.bench: {e}')
-    rec = dict(section=section, circumstances=_circumstances(device), rows=rows, seconds=round(time.perf_counter()-start, 1))
+    switches = {} if callable(what) else dict(cudnn_benchmark=device=='cuda', float32_matmul_precision='high in bf16 cases, highest in float32')
+    rec = dict(section=section, circumstances=dict(_circumstances(device), **switches), rows=rows, seconds=round(time.perf_counter()-start, 1))
     name = f'sweep-{plan}' if section=='sweep' else section
     if section!='quality': _write(Path(out)/f'{name}.json', rec)        # its runs have written theirs
     for r in rows: print(_line(r))
