@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from fastcore.script import call_parse
 from .models import MODELS, Entry, create_model, list_models
 from .loss import DrlocLoss
+from .pairs import sample_pairs
 from .hybrid import as_backbone
 from .compare import _circumstances
 
@@ -89,6 +90,7 @@ def _side(self:Steps):
     with torch.no_grad(): D = self.back.grid(self.back.forward_features(self.x[:2]), hw).shape[1]
     self.drloc = DrlocLoss(D, seed=0).to(self.device)
     self.generator = torch.Generator(self.device).manual_seed(0)
+    self.judges = dict(eager=self.drloc, compiled=torch.compile(self.drloc.forward, **self._compiling()))
     return list(self.drloc.parameters())
 
 class _Whole(nn.Module):
@@ -100,13 +102,15 @@ class _Whole(nn.Module):
 
 # %% ../nbs/22_bench.ipynb #3c2351c3
 @patch
+def _compiling(self:Steps):
+    "Arguments of `torch.compile`"
+    return dict(backend='inductor' if self.device.type=='cuda' else 'aot_eager', dynamic=False, **(dict(mode=self.case.mode) if self.case.mode else {}))
+
+@patch
 def _forward(self:Steps, how):
     "Logits and features, eager or compiled"
     whole,c = _Whole(self.model),self.case
-    if how=='compiled':
-        options = dict(mode=c.mode) if c.mode else {}
-        backend = 'inductor' if self.device.type=='cuda' else 'aot_eager'
-        whole.compile(backend=backend, fullgraph=not c.model.startswith('timm:'), dynamic=False, **options)
+    if how=='compiled': whole.compile(fullgraph=not c.model.startswith('timm:'), **self._compiling())
     return whole
 
 # %% ../nbs/22_bench.ipynb #69fbd17e
@@ -119,7 +123,10 @@ def step(self:Steps,
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision=='bf16'):
         logits,f = self.forwards[how](self.x)
         loss = F.cross_entropy(logits.float(), self.y)
-    if side: loss = loss + .1*self.drloc(self.back.grid(f, self.x.shape[-2:]), generator=self.generator)
+    if side:
+        grid = self.back.grid(f, self.x.shape[-2:])
+        pairs = sample_pairs(len(grid), self.drloc.m, *grid.shape[2:], grid.device, self.generator)
+        loss = loss + .1*self.judges[how](grid, pairs=pairs)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self.params, 5., foreach=True)
     self.opt.step()
@@ -432,15 +439,16 @@ SECTIONS['speed'] = [
     _swin(name="chapter 11, eager", arms=('eager',)),
     _swin(name="chapter 11, compiled"),
     _swin(name="+ attention in one kernel", attention=True),
-    _swin(name="+ skipped branches", **_fast)]
+    _swin(name="+ skipped branches", **_fast),
+    _swin(name="+ CUDA graphs", mode='reduce-overhead', **_fast)]
 SECTIONS['modes'] = [_swin(name=mode or 'default', section='modes', mode=mode, **_fast)
                      for mode in ('','max-autotune-no-cudagraphs','reduce-overhead')]
 
 # %% ../nbs/22_bench.ipynb #e67106f2
 def _with_side(section, model, batch, size=224, arms=('compiled','compiled side','eager','eager side'), **kw):
     "A case with and without the side task"
-    swin = dict(drop_path=.2, **_fast) if model=='swin_t' else {}
-    return Case(section, f'{model}, batch {batch}', model=model, batch=batch, size=size, arms=arms, **{**swin, **kw})
+    swin,graphs = dict(drop_path=.2, **_fast) if model=='swin_t' else {},dict(mode='reduce-overhead') if 'compiled' in arms else {}
+    return Case(section, f'{model}, batch {batch}', model=model, batch=batch, size=size, arms=arms, **{**swin, **graphs, **kw})
 
 _vts,_minis = ('swin_t','t2t_vit_14','cvt_13_gap'),('t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini')
 SECTIONS['side'] = [_with_side('side', m, 128) for m in _vts]
@@ -466,7 +474,7 @@ _full = dict(drloc='paper', tfms='paper', compile=True, warmup=0)
 _whole = partial(Case, section='whole', batch=512, drop_path=.2, **_fast)
 _train = partial(_whole, kind='learner', steps=30, judged=10_000, recipe=_full)
 SECTIONS['whole'] = [
-    _whole(name='bare step'), _train(name='Learner'), _train(name='Learner, two cores', cores=2),
+    _whole(name='bare step', mode='reduce-overhead'), _train(name='Learner'), _train(name='Learner, two cores', cores=2),
     Case('whole', 'rival', model=_timm, kind='rival', batch=128, drop_path=.2, precision='float32', arms=('eager side',), steps=20)]
 
 def _per_image(rec, key='block_s'):
