@@ -106,14 +106,10 @@ def _backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, H: tl.constex
     tl.store(part + c, db1); tl.store(part + H + c, dwu); tl.store(part + 2*H + c, dwv)
     if tl.program_id(1) == 0: tl.store(part + 3*H, tl.sum(su, 0)); tl.store(part + 3*H + 1, tl.sum(sv, 0))
 
-# %% ../nbs/21_speed_loss.ipynb #c7564167
+# %% ../nbs/21_speed_loss.ipynb #a055008b
 def _times(x, w):
     "(n, D) times the transpose of (H, D), in float32"
-    if x.dtype==w.dtype: return x @ w.T
-    if not x.is_cuda: return x.float() @ w.T
-    hi = w.to(x.dtype)
-    out = torch.mm(x, hi.T, out_dtype=torch.float32)
-    return torch.addmm(out, x, (w-hi).to(x.dtype).T, out_dtype=torch.float32, out=out)
+    return x.to(w.dtype) @ w.T
 
 def _times_back(dpre, x, w):
     "Gradients of the rows, in their precision, and of the weights, in float32"
@@ -136,7 +132,7 @@ def _sizes(cells, pairs, hidden, most):
     block = min(most, hidden & -hidden)                     # the largest power of 2 in `hidden`, at most `most`
     return dict(H=hidden, BH=block, CELLS=_cells_first(cells, pairs))
 
-# %% ../nbs/21_speed_loss.ipynb #80570d3b
+# %% ../nbs/21_speed_loss.ipynb #b6c2db3b
 @torch.library.custom_op('vt_drloc::pair_losses', mutates_args=())
 def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, b2:torch.Tensor, rows:int, cols:int
             )->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
@@ -144,7 +140,7 @@ def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Te
         x,w,_ = _rows(cells, pairs, w1)
         pre,(B,m,_) = _times(x, w),pairs.shape
     error,sign = pre.new_empty(B, m),pre.new_empty(B, m, 2)
-    _forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, **_sizes(cells, pairs, len(b1), 128))
+    _forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **_sizes(cells, pairs, len(b1), 128))
     return error,sign,pre
 
 @torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
@@ -153,7 +149,7 @@ def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1
     (B,N,D),m,low = cells.shape,pairs.shape[1],cells.dtype==torch.bfloat16 and cells.is_cuda
     x,w,at = _rows(cells, pairs, w1)
     s,dpre,parts = _sizes(cells, pairs, len(b1), 64),torch.empty_like(pre, dtype=x.dtype),pre.new_empty(B, 3*len(b1)+2)
-    _backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, BM=min(64, max(16, triton.next_power_of_2(m))),
+    _backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, BM=min(32 if s['CELLS'] else 64, max(16, triton.next_power_of_2(m))),
                                  NB=max(16, triton.next_power_of_2(N)) if s['CELLS'] else 16, LOW=low, **s)
     with torch.autocast(cells.device.type, enabled=False): dx,dw = _times_back(dpre, x, w)
     if s['CELLS']: dw = dw.view(2, -1, D).transpose(0, 1)
