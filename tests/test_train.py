@@ -186,3 +186,120 @@ def test_fast_is_for_gpus():
     "On a CPU a recipe's network is the one of its chapter, fast or not"
     learn = build(Recipe(data='digits', model='swin_mini', bs=256, epochs=1, warmup=0), device='cpu', bar=False)
     assert {type(m).__name__ for m in learn.model.modules() if 'Attention' in type(m).__name__}=={'WindowAttention'}
+
+# --- names, shares, controls, and what the record says of position
+
+def test_names_of_runs():
+    "Today's names stay, and what the question depends on is told"
+    assert run_name(Recipe()) == 'cifar10-cvt_mini-none-s0' and run_name(Recipe(drloc='paper', seed=3)) == 'cifar10-cvt_mini-paper-s3'
+    assert run_name(Recipe(model='swin_mini', drloc='paper', lambda_drloc=.5)) == 'cifar10-swin_mini-paper-s0'      # the paper's own weight
+    differ = dict(lambda_drloc=.05, m=16, pool='2x2', tfms='paper', control='permuted', share=.1, heldout=5000, laid_out=300, variant='ce', seed=1)
+    names = {run_name(Recipe(drloc='paper', **{k: v})) for k,v in differ.items()} | {run_name(Recipe(drloc='paper')), run_name(Recipe(drloc='paper', share=.1, share_seed=1))}
+    assert len(names) == len(differ)+2
+    assert run_name(Recipe(name='mine')) == 'mine'
+    with pytest.raises(ValueError, match='not a path'): Recipe(name='a/b').check()
+
+def test_committed_records_keep_their_names():
+    "The recipe in each committed record, with the defaults of today for what it does not say, has the name of its file"
+    files = sorted((Path(__file__).parents[1]/'nbs'/'results'/'runs').glob('*.json'))
+    for f in files:
+        kw = {k: v for k,v in json.loads(f.read_text())['recipe'].items() if k in Recipe.__dataclass_fields__}
+        assert run_name(Recipe(**kw)) == f.stem
+    assert files
+
+def test_another_recipe_is_not_written_over(tmp_path):
+    train(small, out=tmp_path, bar=False, device='cpu')
+    before = (tmp_path/f'{run_name(small)}.json').read_text()
+    with pytest.raises(ValueError, match='bs=256, now 128.*--name'): train(Recipe(**{**vars(small), 'bs':128}), out=tmp_path, bar=False, device='cpu')
+    assert (tmp_path/f'{run_name(small)}.json').read_text() == before
+    named = Recipe(**{**vars(small), 'bs':128, 'epochs':1, 'name':'half'})
+    train(named, out=tmp_path, bar=False, device='cpu')
+    assert (tmp_path/'half.json').exists() and (tmp_path/'half.safetensors').exists()
+
+def test_share_is_stratified_and_its_own():
+    "A tenth of each class, the same for every seed of a run, another for another `share_seed`"
+    def images(**kw):
+        ds = build(Recipe(**{**vars(small), 'bs':64, 'share':.1, **kw}), bar=False, device='cpu').dls.train.dataset
+        return ds.x,ds.y
+    (x,y),(x1,_),(x2,_) = images(),images(seed=1),images(share_seed=1)
+    assert len(x) == 144 and max(abs(n-14.4) for n in y.bincount().tolist()) <= 1.
+    assert torch.equal(x, x1) and not torch.equal(x, x2)
+    with pytest.raises(ValueError, match='share=10'): Recipe(share=10).check()
+    with pytest.raises(ValueError, match='fewer than one batch'): build(Recipe(**{**vars(small), 'share':.1}), bar=False, device='cpu')
+
+def test_share_in_the_record(tmp_path):
+    r = Recipe(**{**vars(small), 'bs':64, 'share':.1, 'epochs':1})
+    train(r, out=tmp_path, bar=False, device='cpu')
+    rec = json.loads((tmp_path/'digits-demo_cvt-none-share0.1-s0.json').read_text())
+    assert rec['data']['n_train'] == 144 and rec['recipe']['share'] == .1 and rec['data']['held'] == 'device'
+
+def test_permuted_targets_keep_the_draws_and_lose_the_sense():
+    "Same first weights, same pairs as the real task; each pair is asked for the next one's distance"
+    from vt_drloc.loss import DrlocLoss, predict_pairs
+    from vt_drloc.pairs import sample_pairs, targets
+    from vt_drloc.train import PermutedTargets
+    grid,g = torch.randn(4,16,8,8),lambda: torch.Generator().manual_seed(5)
+    real,spoiled = DrlocLoss(16, seed=0),PermutedTargets(16, seed=0)
+    assert all(torch.equal(a, b) for a,b in zip(real.parameters(), spoiled.parameters()))
+    pairs = sample_pairs(4, 64, 8, 8, generator=g())
+    t = targets(pairs, 8, 8, torch.float32).flatten(0, 1).roll(1, 0).view(4,64,2)
+    byhand = (predict_pairs(real.mlp, grid, pairs)-t).abs().sum(-1).mean()
+    torch.testing.assert_close(spoiled(grid, generator=g()), byhand)
+    assert not torch.isclose(spoiled(grid, generator=g()), real(grid, generator=g()))
+
+def test_detached_features_train_the_mlp_alone():
+    from vt_drloc.loss import DrlocLoss
+    from vt_drloc.train import DetachedFeatures
+    grid,g = torch.randn(4,16,8,8, requires_grad=True),lambda: torch.Generator().manual_seed(5)
+    real,spoiled = DrlocLoss(16, seed=0),DetachedFeatures(16, seed=0)
+    loss = spoiled(grid, generator=g())
+    torch.testing.assert_close(loss, real(grid, generator=g()))
+    loss.backward()
+    assert grid.grad is None and all(p.grad.abs().sum()>0 for p in spoiled.parameters())
+
+def test_controls_reach_the_run():
+    for control,name in (('permuted','PermutedTargets'),('detached','DetachedFeatures')):
+        learn = build(Recipe(**{**vars(small), 'drloc':'paper', 'control':control, 'epochs':1}), bar=False, device='cpu')
+        with learn.no_logging(): learn.fit(1, 1e-4)
+        assert type(learn.drloc.loss_fn).__name__ == name and learn.drloc.lambda_drloc == .1
+    with pytest.raises(ValueError, match='control.*without a side task'): Recipe(control='permuted').check()
+    with pytest.raises(ValueError, match='permuted'): Recipe(drloc='paper', control='permute').check()
+
+def test_position_leaves_no_trace(tmp_path):
+    "Weights, generators and the rest of a script are those of a run without the report"
+    def run(**kw):
+        learn = train(Recipe(**{**vars(small), 'drloc':'paper', 'epochs':1}), bar=False, device='cpu', **kw)
+        return learn.model.state_dict(),torch.rand(3),learn.drloc.generator.get_state(),[dl.rng.random() for dl in learn.dls]
+    (w1,t1,g1,r1),(w2,t2,g2,r2) = run(),run(out=tmp_path, probe=2)
+    assert all(torch.equal(w1[k], w2[k]) for k in w1) and torch.equal(t1, t2) and torch.equal(g1, g2) and r1==r2
+    rec = json.loads((tmp_path/'digits-demo_cvt-paper-s0.json').read_text())
+    assert rec['position'].keys() == {'side_task','probe','images','seconds'} and rec['position']['images'] == 180
+    assert rec['epochs'][-1]['train_s'] <= rec['epochs'][-1]['wall_s'] <= rec['wall_s'] < rec['epochs'][-1]['wall_s']+.5
+
+@pytest.mark.parametrize('kw', [dict(), dict(variant='signed'), dict(variant='ce'), dict(pool='2x2'), dict(drloc='released', variant='reg')], ids=str)
+def test_task_error_of_every_form(kw):
+    "An MLP that knows nothing is at or above the level of guessing, and `task_error` agrees with `side_task_error` where both apply"
+    from vt_drloc.train import grids, position_report, task_error
+    from vt_drloc.hybrid import as_backbone
+    learn = build(Recipe(**{**vars(small), 'drloc':'paper', 'epochs':1, **kw}), bar=False, device='cpu')
+    with learn.no_logging(): learn.fit(1, 1e-5)
+    x = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
+    res = position_report(learn.model, x, learn.drloc.loss_fn, learn.drloc.where, steps=0)
+    side = res['side_task']
+    assert side['grid'] == ([4,4] if kw.get('pool') else [8,8]) and res.keys() == {'side_task','images'}
+    assert sum(side['error']['images']) > .9*sum(side['guessing'])
+    if not kw:
+        a = task_error(learn.drloc.loss_fn, grids(as_backbone(learn.model.eval()), x), m=256)
+        torch.testing.assert_close(a, side_task_error(learn.model, learn.drloc.loss_fn.mlp, x), rtol=1e-3, atol=1e-4)
+
+def test_probe_finds_position_only_where_there_is_some():
+    "On a grid that holds its coordinates the probe reads them; on noise it is no better than guessing"
+    from vt_drloc.loss import best_guess
+    from vt_drloc.train import fit_probe, task_error
+    g = torch.Generator().manual_seed(0)
+    row,col = torch.meshgrid(torch.arange(8.), torch.arange(8.), indexing='ij')
+    noise = torch.randn(64,8,8,8, generator=g)
+    told = torch.cat([noise[:,:6], torch.stack([row,col]).expand(64,-1,-1,-1)/4-1], 1)
+    level = sum(best_guess(8,8).error)/2
+    errors = [task_error(fit_probe(o[:32], steps=150, bs=32), o[32:]).mean().item() for o in (told, noise)]
+    assert errors[0] < .4*level and errors[1] > .95*level

@@ -8,8 +8,8 @@ Docs: https://SET_ME.github.io/vt_drloc/evidence.html.md"""
 __all__ = ['HOLDS', 'NOT', 'OPEN', 'NONE', 'UNTESTED', 'PART', 'interval', 'verdict', 'overall', 'Run', 'read_plan', 'Runner',
            'main']
 
-# %% ../nbs/23_evidence.ipynb #f5afcb0c
-import calendar, json, math, os, shlex, shutil, subprocess, sys, tarfile, time
+# %% ../nbs/23_evidence.ipynb #c8d20a1e
+import calendar, json, math, os, shlex, shutil, signal, subprocess, sys, tarfile, time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
@@ -276,10 +276,10 @@ def run(self:Runner)->list: # the runs, each with its state
     print(self.line(), flush=True)
     return self.runs
 
-# %% ../nbs/23_evidence.ipynb #7dcf8c6c
+# %% ../nbs/23_evidence.ipynb #442308c3
 @call_parse
 def main(
-    plan:str, # file of `vt_drloc_train` commands
+    plan:str=None, # file of `vt_drloc_train` commands
     out:str='runs', # folder for records, weights and logs
     gpus:int=1, # how many GPUs; 0: the CPU
     beside:int=1, # runs at a time on each
@@ -289,6 +289,8 @@ def main(
     weights:str=None # network whose weights of seed 0 go into it too
 ):
     "Make the runs of a plan, several side by side on each GPU"
+    if not plan: sys.exit("vt_drloc.evidence: give a plan, such as --plan nbs/results/plans/32px_cifar10.txt")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('vt_drloc.evidence: stopped, and its runs with it'))
     try: runs = Runner(read_plan(plan), out, gpus, beside, minutes, path, pack, weights).run()
     except (ValueError, OSError) as e: sys.exit(f'vt_drloc.evidence: {e}')
     missing = [r for r in runs if r.state!='done']
