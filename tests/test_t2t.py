@@ -367,10 +367,9 @@ kinds = pytest.mark.parametrize('tokens', ['performer','transformer'])
 
 @kinds
 def test_compiles_whole(tokens):
-    m,x = tiny(tokens=tokens, drop_path=.2, token_drop=0.),torch.randn(2,3,32,32)
+    "In training, with the same numbers dropped; evaluation is compiled below"
+    m,x = tiny(tokens=tokens, drop_path=.2, token_drop=0.).train(),torch.randn(2,3,32,32)
     c = torch.compile(m, backend='aot_eager', fullgraph=True)
-    torch.testing.assert_close(c.eval()(x), m(x))
-    m.train()
     grads = []
     for f in (m,c):
         m.zero_grad(); torch.manual_seed(3)
@@ -382,7 +381,7 @@ def test_compiles_whole(tokens):
 @pytest.mark.parametrize('whole', [False,True])
 def test_bfloat16(tokens, whole):
     "Autocast and, compiled, autocast: finite, and near float32"
-    m,x = t2t_mini(tokens=tokens, depth=2).eval(),torch.randn(2,3,32,32)
+    m,x = t2t_mini(tokens=tokens, depth=1).eval(),torch.randn(2,3,32,32)
     want = m(x)
     f = torch.compile(m, backend='aot_eager', fullgraph=True) if whole else m
     with torch.autocast('cpu', dtype=torch.bfloat16): got = f(x)
@@ -409,7 +408,7 @@ def test_float64(tokens):
 @kinds
 def test_onnx(tokens, tmp_path):
     ort = pytest.importorskip('onnxruntime'); pytest.importorskip('onnxscript')
-    m,x = t2t_mini(tokens=tokens, depth=2).eval(),torch.randn(2,3,32,32)
+    m,x = t2t_mini(tokens=tokens, depth=1).eval(),torch.randn(2,3,32,32)
     torch.onnx.export(m, (x,), str(tmp_path/'m.onnx'), dynamo=True, verbose=False)
     s = ort.InferenceSession(str(tmp_path/'m.onnx'), providers=['CPUExecutionProvider'])
     got = s.run(None, {s.get_inputs()[0].name:x.numpy()})[0]
