@@ -576,23 +576,36 @@ quick = dict(data='cifar10', drloc='paper', compile=True, bs=512, lr=1e-3, warmu
 long = dict(tfms='paper', drop_path=.1)
 
 # %% ../nbs/22_bench.ipynb #e50c461e
-def cct_7_3x1(num_classes=10):
+def cct_7_3x1(
+    num_classes:int=10, # Outputs
+)->nn.Module: # (B, 3, 32, 32) -> (B, num_classes)
+    "CCT-7/3x1 of vit-pytorch, with the settings of its paper"
     from vit_pytorch.cct import CCT
     return CCT(img_size=32, embedding_dim=256, n_conv_layers=1, kernel_size=3, stride=1, padding=1, num_layers=7, num_heads=4,
                mlp_ratio=2., num_classes=num_classes, positional_embedding='learnable')
 
-def simple_vit(num_classes=10):
+def simple_vit(
+    num_classes:int=10, # Outputs
+)->nn.Module: # (B, 3, 32, 32) -> (B, num_classes)
+    "SimpleViT of vit-pytorch, sized like `hybrid_s`"
     from vit_pytorch.simple_vit import SimpleViT
     return SimpleViT(image_size=32, patch_size=4, num_classes=num_classes, dim=256, depth=8, heads=4, mlp_dim=1024)
 
-def timm_vit(num_classes=10):
+def timm_vit(
+    num_classes:int=10, # Outputs
+)->nn.Module: # (B, 3, 32, 32) -> (B, num_classes)
+    "timm's ViT with patches of 4 pixels, sized like `hybrid_s`"
     import timm
     return timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=4, embed_dim=256, depth=8, num_heads=4, num_classes=num_classes)
 
-def timm_convit(num_classes=10):
+def timm_convit(
+    num_classes:int=10, # Outputs
+)->nn.Module: # (B, 3, 32, 32) -> (B, num_classes)
+    "timm's ConViT-Ti with patches of 4 pixels"
     import timm
     return timm.create_model('convit_tiny', img_size=32, patch_size=4, num_classes=num_classes)
 
+# %% ../nbs/22_bench.ipynb #7a1bd0e4
 PEERS = {f.__name__:f for f in (cct_7_3x1, simple_vit, timm_vit, timm_convit)}
 PLANS = {'hybrid_s': Plan('hybrid_s', 2), 'hybrid_m': Plan('hybrid_m', 7.5, long),
          'try': Plan('demo_cvt', .05, dict(data='digits', bs=64, lr=8e-3, warmup=1, tfms='none', mix=False, compile=False), 300),
