@@ -281,6 +281,7 @@ def test_first_screen(browser, width, height):
 
 def test_measured_line_is_that_of_the_records(site):
     import numpy as np
+    from scipy import stats
     from vt_drloc.train import read_records
     recs = [r for r in read_records(root/'nbs/results/runs') if r['data']['name'] == 'cifar10' and r['recipe']['model'] == 'cvt_mini']
     arm = lambda a: np.array([r['final']['accuracy']*100 for r in sorted(recs, key=lambda r: r['recipe']['seed']) if r['recipe']['drloc'] == a])
@@ -288,6 +289,9 @@ def test_measured_line_is_that_of_the_records(site):
     text = re.sub(r'\s+', ' ', re.sub(r'<[^>]+>', '', read(site/'index.html')))
     assert f"{len(gain)} seeds: {arm('none').mean():.2f} % without, {arm('paper').mean():.2f} % with it" in text
     assert f'Gain {gain.mean():.2f} points' in text
+    lo, hi = map(float, re.search(r'95 % interval (\S+) to (\S+): undecided', text).groups())
+    half = stats.t.ppf(.975, len(gain)-1)*gain.std(ddof=1)/len(gain)**.5
+    assert [lo, hi] == pytest.approx([gain.mean()-half, gain.mean()+half], abs=.006) and lo < 0 < hi, 'rounding hides on which side of zero it ends'
 
 
 # ---- the guessing game
