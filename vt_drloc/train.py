@@ -486,7 +486,7 @@ class Position(Callback):
         steps = self.steps if self.steps is not None else 300*(dev.type=='cuda')
         half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision)
         try:
-            with torch.autocast(dev.type, half, enabled=half is not None):
+            with torch.autocast(dev.type, half, enabled=half is not None), torch.compiler.set_stance('force_eager'):
                 found = position_report(self.model, some_images(self.dls.valid, self.images), task and task.loss_fn, task and task.where, steps)
         finally: set_generators(self.learn, state)
         record.apart = time.perf_counter()-start
