@@ -54,7 +54,7 @@ test-nbs: $(READY)
 
 test-py: $(READY)
 	@echo "== 4/4 pytest"
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup -rs tests/
+	@$(BIN)/python -m pytest -n 3 --dist loadfile -rs tests/
 
 docs: $(READY)
 	@$(BIN)/python tools/site.py docs

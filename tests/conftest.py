@@ -1,8 +1,12 @@
-"Under `pytest --dist loadgroup` the tests of a file that share a fixture go to one worker, so that it is made once; all others to whichever is free"
+"How pytest-xdist deals out the tests: a file with fixtures for the whole file goes to one worker, of all others each test to whichever is free"
+from functools import cache
 import pytest
 
-@pytest.hookimpl(tryfirst=True)   # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    for item in items:
-        made = item._fixtureinfo.name2fixturedefs.values() if hasattr(item, '_fixtureinfo') else ()
-        if any(f[-1].scope == 'module' for f in made): item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+    @cache
+    def shares(file): return "scope='module'" in (config.rootpath/file).read_text(encoding='utf-8')
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid): return file if shares(file := nodeid.split('::')[0]) else nodeid
+    return Scheduler(config, log)
