@@ -413,10 +413,10 @@ def task_error(
 # %% ../nbs/10_train.ipynb #b1a50004
 def fit_probe(
     grid:torch.Tensor, # (N, D, h, w) frozen embeddings
-    steps:int=300, # training steps
+    steps:int=600, # training steps
     bs:int=256, # images a step
     m:int=64, # pairs an image
-    lr:float=1e-3, # first learning rate of AdamW; it falls in a line to 0
+    lr:float=3e-3, # first learning rate of AdamW; it falls in a line to 0
     seed:int=0 # of the MLP's first weights, the batches and the pairs
 )->DrlocLoss: # with the trained MLP
     "A localization MLP trained on frozen embeddings"
@@ -441,7 +441,7 @@ def position_report(
     x:torch.Tensor, # (N, C, H, W) normalised images; the first half trains the probe, the second is judged
     loss:nn.Module=None, # the side task's loss with its MLP, if there was one
     tap=None, # where its grid is, if not where `as_backbone` finds it
-    steps:int=300, # of the probe; 0: none
+    steps:int=600, # of the probe; 0: none
     seed:int=0 # of pairs and probe
 )->dict: # side_task and probe: grid, level of guessing, and the error in cells on three kinds of images
     "What a network and its MLP know of position"
@@ -475,7 +475,7 @@ class Position(Callback):
     order = RunRecord.order+2
     def __init__(self,
         precision:str='float32', # of the run; the network is asked in the same
-        steps:int=None, # of the probe; `None`: 300 on a GPU, none on a CPU
+        steps:int=None, # of the probe; `None`: 600 on a GPU, none on a CPU
         images:int=4096 # validation images, half of them to be judged
     ): store_attr()
 
@@ -483,7 +483,7 @@ class Position(Callback):
         record,start = self.learn.run_record,time.perf_counter()
         if record.rec['status']!='complete': return
         dev,task,state = next(self.model.parameters()).device,getattr(self.learn, 'drloc', None),generators(self.learn)
-        steps = self.steps if self.steps is not None else 300*(dev.type=='cuda')
+        steps = self.steps if self.steps is not None else 600*(dev.type=='cuda')
         half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision)
         try:
             with torch.autocast(dev.type, half, enabled=half is not None), torch.compiler.set_stance('force_eager'):
@@ -596,7 +596,7 @@ def build(
     device=None, # 'cuda', 'cpu'; `None`: a GPU if there is one
     bar:bool=True, # progress bars
     beside:int=1, # runs that share the device, for the record
-    probe:int=None, # training steps of the probe of position at the end; `None`: 300 on a GPU, none on a CPU
+    probe:int=None, # training steps of the probe of position at the end; `None`: 600 on a GPU, none on a CPU
     save_every:str=None, # write a checkpoint every so many steps ('500') or so often ('90s', '10m', '2h')
     minutes:float=None, # stop after this time, with a checkpoint
     resume:bool=False, # go on from the newest checkpoint in `out`
@@ -695,7 +695,7 @@ def main(
     minutes:float=None, # stop after this time, with a checkpoint
     resume:bool=False, # go on from the newest checkpoint in the folder; everything else as the first time
     beside:int=1, # how many runs share the GPU, for the record
-    probe:int=None, # training steps of the probe of position at the end (default: 300 on a GPU, none on a CPU)
+    probe:int=None, # training steps of the probe of position at the end (default: 600 on a GPU, none on a CPU)
     no_mix:bool=False, # without mixup, cutmix and label smoothing
     no_bar:bool=False, # one line an epoch instead of progress bars
     **kwargs
