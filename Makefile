@@ -1,7 +1,7 @@
 # make train   see the idea at work: trains small networks on the CPU, in about four minutes
 # make test    prove the code: exports, clean notebooks, every notebook run, pytest
 # make docs    the site, into _docs/ (pip alone); make readme: README.md from nbs/index.ipynb
-# make bench   one section of the benchmark on a GPU: make bench SECTION=speed; chapter 22 lists them
+# make bench   one section of the benchmark on a GPU: make bench SECTION=speed ARGS='--rounds 30'; chapter 22 lists them
 # make hooks   before you change notebooks: git merges them cell by cell, Jupyter saves them clean
 # Each sets up .venv if it is missing. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
@@ -23,7 +23,7 @@ train: $(READY)
 	@env -u OMP_NUM_THREADS PYTHONWARNINGS=ignore::FutureWarning $(BIN)/vt_drloc_demo
 
 bench: $(READY)
-	@env -u OMP_NUM_THREADS $(BIN)/python -m vt_drloc.bench --section $(SECTION)
+	@env -u OMP_NUM_THREADS $(BIN)/python -m vt_drloc.bench --section $(SECTION) $(ARGS)
 
 # One after the other, also under make -j, so that the first failure is the last thing said
 test: $(READY)

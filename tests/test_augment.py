@@ -1,5 +1,5 @@
 "The paper's augmentation on the device: against PIL and timm on the same parameters, and its draws against timm's own."
-import random
+import shutil, random
 from functools import lru_cache
 import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
@@ -330,3 +330,12 @@ def test_an_epoch_on_a_gpu_never_waits(held):
         for x,y in dls.train: ys.append(y)
     finally: torch.cuda.set_sync_debug_mode('default')
     assert torch.cat(ys).bincount().sum()==1437//64*64
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='the compiler of PyTorch needs g++')
+def test_compiled_minimum_of_bytes():
+    "AutoContrast asks for the darkest and the brightest level; compiled for a CPU, PyTorch 2.15 gets those of bytes wrong"
+    x = photos(12, 32)
+    op,arg = torch.zeros(len(x), dtype=torch.long),torch.zeros(len(x))
+    f = lambda x: apply_op(x, op, arg, 0.)                                   # room for the fewest of the other operations
+    assert torch.equal(torch.compile(f, fullgraph=True, dynamic=False)(x), f(x))
+    torch.compiler.reset()

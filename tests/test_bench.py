@@ -1,8 +1,10 @@
 "The benchmark's processes: turns, failures, a Learner that waits, the rival"
-import json, math, subprocess, sys
+import json, math, os, subprocess, sys, time
 import pytest, torch
+from vt_drloc import bench
 from vt_drloc.bench import *
-from vt_drloc.bench import Rival, main
+from vt_drloc.bench import Rival, _gpu_cases, _in_slots, _noise
+from vt_drloc.models import MODELS, list_models
 
 tiny = dict(section='try', model='demo_cvt', size=32, precision='float32')
 
@@ -20,7 +22,8 @@ def test_a_learner_answers_epoch_by_epoch():
     case = Case(name='learner', kind='learner', batch=8, steps=3, recipe=dict(drloc='paper', tfms='light', warmup=0), **tiny)
     [row] = measure_cases([case], 'cpu', rounds=3)
     assert 'error' not in row, row
-    assert row['steps']==3 and len(row['block_s'])==3 and all(0<s<30 for s in row['block_s'])
+    assert row['steps']==3 and len(row['block_s'])==len(row['valid_s'])==3
+    assert all(0<s<30 for s in row['block_s']+row['valid_s'])
 
 def test_the_rival_is_the_released_loop():
     "Pairs from the CPU, a loss read back, all parameters moved"
@@ -51,7 +54,167 @@ def test_sections_are_what_they_say():
     for name,cases in SECTIONS.items():
         if callable(cases): continue
         assert len({c.name for c in cases})==len(cases)
-        assert all(c.section==name or name=='side512' for c in cases)
+        assert all(c.section==name for c in cases)
+        assert all(c.model in list_models() or c.model.startswith('timm:') for c in cases)
+    vts = {'swin_t','t2t_vit_14','cvt_13_gap'}
+    for name,batch in (('side',128),('side512',512)):
+        assert {c.model for c in SECTIONS[name]}==vts
+        assert all((c.batch,c.size,c.arms)==(batch,224,('compiled','compiled side','eager','eager side')) for c in SECTIONS[name])
+    small = {(c.model,c.size,c.batch) for c in SECTIONS['side_small']}
+    assert small=={('resnet50',224,128),('resnet50',224,512),*((m,32,512) for m in ('t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini'))}
+    assert set(GOALS)<=set(SECTIONS)
+
+def test_cases_of_several_gpus():
+    two,four = _gpu_cases(2),_gpu_cases(4)
+    assert [(c.name,c.processes,c.batch//c.processes) for c in two]==[('one GPU',1,512),('2 GPUs',2,512),('2 GPUs, one batch of 512',2,256)]
+    assert four[:3]==two and (four[3].processes,four[3].batch)==(4,2048)
+    assert all(c.recipe['drloc']=='paper' and c.recipe['tfms']=='paper' and c.recipe['compile'] for c in two)
+
+# --- goals, from records with invented numbers
+
+def blocks(s, n=4): return [s*f for f in (.99,1.01,1.,1.)][:n]
+def rec(section, *rows): return dict(section=section, rows=list(rows))
+def met(goals): return {g['goal']:g['met'] for g in goals}
+
+def test_a_goal_is_judged_by_the_worse_end():
+    assert goal('x', (1., .9, 1.1), most=1.1)['met'] and not goal('x', (1., .9, 1.1), most=1.05)['met']
+    assert goal('x', (1., .9, 1.1), least=.9)['met'] and not goal('x', (1., .9, 1.1), least=.95)['met']
+    g = goal('x', 3, most=2)
+    assert (g['measured'],g['low'],g['high'],g['wanted'],g['met'])==(3,3,3,'at most 2',False)
+
+@pytest.mark.parametrize('section,model,factor,ok', [('side','swin_t',1.005,(True,True)), ('side512','swin_t',1.02,(False,True)), ('side','swin_t',1.04,(False,False)),
+                                                     ('side_small','cvt_mini',1.02,(True,True)), ('side_small','cvt_mini',1.04,(False,False))])
+def test_cost_of_the_side_task(section, model, factor, ok):
+    rows = [dict(name=model, arm=a, batch=8, block_s=blocks(.1*(factor if a.endswith('side') else 1))) for a in ('compiled','compiled side','eager','eager side')]
+    found = side_goals(rec(section, *rows, dict(name='broken', error='no memory')))
+    assert [round(g['measured'], 9) for g in found]==[factor]*2 and tuple(g['met'] for g in found)==ok
+
+def test_a_noisy_measurement_meets_nothing():
+    rows = [dict(name='m', arm=a, batch=8, block_s=s) for a,s in (('compiled',[1.,1.,1.,1.]), ('compiled side',[1.1,.9,1.1,.9]))]
+    [g] = side_goals(rec('side', *rows))
+    assert g['measured']<1.01<g['high'] and not g['met']
+
+def test_minutes_by_hand():
+    row = dict(batch=500, block_s=[.1,.2], valid_s=[1.,2.])                  # 100 steps an epoch: 10 s and 1 s; 20 s and 2 s
+    assert minutes_of(row)==pytest.approx([100*11/60,100*22/60])
+    assert minutes_of(row, epochs=1, images=1000)==pytest.approx([1.2/60,2.4/60])
+    with pytest.raises(ValueError): minutes_of(dict(row, valid_s=[1.]))
+
+@pytest.mark.parametrize('learn,two,ok', [(.1,.105,(True,True,True,True)), (.14,.2,(False,False,False,False))])
+def test_goals_of_the_whole(learn, two, ok):
+    "0.1 s a bare step of 512; a rival of 0.14 s for 128, 914 images a second"
+    r = rec('whole', dict(name='bare step', batch=512, block_s=blocks(.1)), dict(name='Learner', batch=512, block_s=blocks(learn), valid_s=[.5]*4),
+            dict(name='Learner, two cores', batch=512, block_s=blocks(two), valid_s=[.5]*4), dict(name='rival', batch=128, block_s=blocks(.14)))
+    found = whole_goals(r)
+    assert [g['measured'] for g in found]==pytest.approx([.1/learn, .14/128/(learn/512), learn/two, 100*(50_000*learn/512+.5)/60])
+    assert tuple(g['met'] for g in found)==ok
+
+def test_a_case_that_failed_leaves_its_goals_out():
+    r = rec('whole', dict(name='Learner', batch=512, block_s=blocks(.1), valid_s=[.5]*4), dict(name='rival', error='no memory'))
+    assert list(met(whole_goals(r)))==['minutes for 100 epochs of CIFAR-10 at 224 px']
+    assert whole_goals(rec('whole', dict(name='Learner', error='no memory')))==[]
+
+def test_goals_of_several_gpus():
+    row = lambda name, batch, s: dict(name=name, batch=batch, block_s=blocks(s))
+    found = gpu_goals(rec('gpus', row('one GPU', 512, .1), row('2 GPUs', 1024, .102), row('2 GPUs, one batch of 512', 512, .06), row('4 GPUs', 2048, .105)))
+    assert [g['measured'] for g in found]==pytest.approx([2/1.02, .1/.06, 4/1.05]) and [g['met'] for g in found]==[True,False,True]
+
+def test_curves_agree_or_not():
+    run = lambda n, seed, last: dict(processes=n, seed=seed, train=[2.,last], valid=[1.5,last-.5])
+    same = rec('curves', *[run(1, i, 1.+.01*i) for i in range(3)], *[run(2, i, 1.005+.01*i) for i in range(3)])
+    other = rec('curves', *[run(1, i, 1.+.01*i) for i in range(3)], *[run(2, i, 1.1+.01*i) for i in range(3)])
+    assert all(met(curve_goals(same)).values()) and not any(met(curve_goals(other)).values())
+    half = 2.7764451051977987*.01*(2/3)**.5                                  # Student's t with four degrees of freedom, deviation 0.01
+    assert curve_goals(same)[0]['measured']==pytest.approx(.005) and curve_goals(same)[0]['wanted']==f'at most {half:g}'
+
+# --- time to quality
+
+def epochs(first, rest, n=4):
+    "Walls of `n` epochs: the first takes `first` seconds, each other one `rest`"
+    return [dict(wall_s=first+i*rest, steady_s=.9*rest, valid_s=.1*rest, accuracy=.5+.1*i) for i in range(n)]
+
+def test_compilation_is_counted_apart():
+    c = clocked(epochs(50., 2.))
+    assert (c['seconds'],c['compile_s'],c['valid_s'],c['first_epoch'],c['accuracy'])==pytest.approx((8.,48.,.8,1.,.8))
+    assert clocked(epochs(1., 2.))['compile_s']==0 and clocked(epochs(3., 2., 1))['seconds']==3.
+    assert clocked([dict(epochs(5., 2.)[0], steady_s=3.6), *epochs(5., 2.)[1:]])['first_epoch']==pytest.approx(2.)
+
+def test_a_later_epoch_that_is_slow_counts():
+    es = epochs(50., 2.)
+    for e in es[2:]: e['wall_s'] += 5
+    assert clocked(es)['seconds']==pytest.approx(13.)
+
+@pytest.mark.parametrize('minutes,epoch_s,n', [(2,1.7,69), (2,200.,1), (10,2.,294)])
+def test_epochs_fit(minutes, epoch_s, n):
+    assert epochs_in(minutes, epoch_s)==n and (n==1 or n*epoch_s<=60*minutes)
+
+def run(plan, seed, acc, seconds=100., status='complete', first=1.):
+    return dict(plan=plan, seed=seed, status=status, params=7, recipe=dict(model=plan), epochs=[0]*60, accuracy=acc, seconds=seconds, valid_s=5., compile_s=30.+seed, first_epoch=first)
+
+def test_table_of_runs():
+    [r,other] = quality_table([run('hybrid_s', 0, .93), run('hybrid_s', 1, .95, 119.), run('hybrid_s', 2, .1, status='cut short'), run('timm_vit', 0, .8)])
+    assert (r['name'],r['seeds'],r['accuracy'],r['low'],r['high'],r['seconds'],r['compile_s'])==('hybrid_s',2,pytest.approx(.94),.93,.95,119.,31.)
+    assert (other['name'],other['seeds'])==('timm_vit',1)
+
+@pytest.mark.parametrize('accs,seconds,first,ok', [((.929,.931,.9301),119.,1.,(True,True,True,True)), ((.929,.931,.9299),121.,1.2,(False,False,True,False)), ((.95,.95),100.,1.,(True,True,False,True))])
+def test_goals_of_quality(accs, seconds, first, ok):
+    rows = quality_table([run('hybrid_s', i, a, seconds, first=first) for i,a in enumerate(accs)])
+    assert tuple(g['met'] for g in quality_goals(dict(rows=rows)))==ok
+
+def test_a_plan_runs_and_writes(tmp_path):
+    r = run_plan('try', seed=1, device='cpu', file=tmp_path/'a.json', epochs=2)
+    assert json.loads((tmp_path/'a.json').read_text())==json.loads(json.dumps(r)) and r['status']=='complete' and len(r['epochs'])==2
+    assert r['recipe']['seed']==1 and r['recipe']['drloc']=='paper' and r['epochs'][-1]['drloc']>0
+    assert r['seconds']+r['compile_s']==pytest.approx(r['epochs'][-1]['wall_s']) and r['n_valid']==360
+
+def test_plans_are_what_they_say():
+    "Peers train without the side task, hybrids with it; each in the time that the goal gives it"
+    for name,p in PLANS.items():
+        if name=='try': continue
+        r = bench._settings(p, epochs=8)
+        assert (r.drloc=='none')==(p.model in PEERS) and r.data=='cifar10' and r.compile and p.minutes<=(10 if name.endswith('_long') or name=='hybrid_m' else 2)
+        assert r.heldout==0                                                  # judged on the test set, last epoch; sweeps are not
+    for n in PEERS: MODELS.pop(n, None)
+
+def test_sweep_is_judged_on_held_out_images(monkeypatch, tmp_path):
+    jobs = {}
+    def run_here(js, slots, say):
+        for name,cmd in js.items():
+            jobs[name] = job = json.loads(cmd[cmd.index('--worker')+1])
+            open(job['file'], 'w').write(json.dumps(dict(epochs=[dict(valid_loss=1.)], status='complete', n_valid=job['heldout'], accuracy=.5)))
+    monkeypatch.setattr(bench, '_in_slots', run_here)
+    rows = bench.sweep_rows('cpu', 1, 1, print)
+    assert [r['name'] for r in rows]==list(SWEEP) and all(r['n_valid']==5000 for r in rows) and jobs['lr 2e-3']['lr']==2e-3
+    assert [r['name'] for r in bench.sweep_rows('cpu', 1, 1, print, only='no mixing')]==['no mixing'] and jobs['no mixing']['mix'] is False
+    with pytest.raises(ValueError, match="no variation 'lr'"): bench.sweep_rows('cpu', 1, 1, print, only='lr')
+    with pytest.raises(ValueError, match="unknown plan 'hybrid'; there are: hybrid_s"): bench.quality_rows('cpu', 1, 1, print, plan='hybrid')
+
+def test_jobs_share_slots(tmp_path):
+    "Two slots, four jobs: each in a slot of its own, a failure costs its own job alone"
+    code = "import os,sys,time; open(sys.argv[1],'w').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(.3); sys.exit(sys.argv[1].endswith('2'))"
+    told = []
+    _in_slots({str(i): [sys.executable,'-c',code,str(tmp_path/f'{i}')] for i in range(4)}, [0,1], told.append)
+    assert [(tmp_path/str(i)).read_text() for i in (0,1)]==['0','1'] and all((tmp_path/str(i)).read_text() in '01' for i in (2,3))
+    assert sorted(t.split(':')[1].strip() for t in told)==['done']*3+['failed'] and any(t.startswith('2: failed') for t in told)
+
+def test_peers_make_ten_logits():
+    for n,f in PEERS.items():
+        try: m = f(10)
+        except ImportError: continue                                         # vit-pytorch is not a requirement
+        assert m.eval()(torch.randn(2,3,32,32)).shape==(2,10)
+        assert 3e6<sum(p.numel() for p in m.parameters())<8e6
+
+def test_a_missing_package_is_named(monkeypatch):
+    for m in ('vit_pytorch','vit_pytorch.cct'): monkeypatch.setitem(sys.modules, m, None)
+    with pytest.raises(ImportError, match='cct_7_3x1 needs a package.*pip install vit-pytorch'): bench._join('cct_7_3x1')
+    assert 'cct_7_3x1' not in MODELS
+
+def test_a_process_is_held_with_all_its_threads():
+    "A thread that runs already is held too"
+    code = ("import os,threading,time; from vt_drloc.bench import _hold; t = threading.Thread(target=time.sleep, args=(5,), daemon=True); t.start(); _hold(1); "
+            "print({len(os.sched_getaffinity(int(i))) for i in os.listdir('/proc/self/task')}); os._exit(0)")
+    p = subprocess.run([sys.executable,'-u','-c',code], capture_output=True, text=True)
+    assert p.stdout.strip()=='{1}', p.stderr
 
 @pytest.mark.parametrize('args,says', [(['--section','no_such'], "unknown section 'no_such'; there are: speed"),
                                        pytest.param(['--section','speed'], 'no GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'))])

@@ -1,5 +1,5 @@
 "The callback's contract, a test for each clause"
-import copy, os, random, subprocess, sys, warnings
+import copy, os, random, subprocess, sys, traceback, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -300,6 +300,31 @@ def test_compiled(how, backend):
     else: assert 'tapped' not in repr(learn.model.forward_features)
     torch.compiler.reset()
 
+def test_compiled_loss():
+    "The loss compiled, too: the same run, and a copy of the callback compiles for itself"
+    cb = drloc(compile=dict(backend='aot_eager', fullgraph=True))
+    ref,learn = learner(drloc()),learner(cb)
+    for l in (ref,learn): l.fit(2)
+    near(weights(ref.model), weights(learn.model))
+    near(mlp(ref), mlp(learn))
+    assert cb.compiled is not None and copy.deepcopy(cb).compiled is None
+    torch.compiler.reset()
+
+def test_a_step_that_dies_leaves_no_autocast():
+    "Left open, autocast keeps its copies of the weights, and nothing that is trained afterwards learns"
+    class Half(MixedPrecision):
+        def before_fit(self): self.autocast,self.learn.scaler = torch.autocast('cpu', torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False)
+        def after_fit(self): self.autocast = None
+    class Dies(Callback):
+        order = MixedPrecision.order-1
+        def after_loss(self): raise KeyboardInterrupt
+    learn = learner([drloc(), Half(), Dies()])
+    with torch.autocast('cpu', torch.bfloat16):
+        with pytest.raises(KeyboardInterrupt): learn.fit(1)
+        assert torch.is_autocast_enabled('cpu') and torch.autocast_increment_nesting()==2 and torch.autocast_decrement_nesting()==1
+    with pytest.raises(KeyboardInterrupt): learn.fit(1)
+    assert not torch.is_autocast_enabled('cpu') and torch.autocast_increment_nesting()==1 and not torch.autocast_decrement_nesting()
+
 # --- several processes
 
 ddp_cases = dict(plain=dict(), unused=dict(unused=True), ddp_compile=dict(inner=True), compile_ddp=dict(outer=True), late=dict(late=True),
@@ -339,18 +364,28 @@ def ddp_worker(rank, init, out):
     torch.save(res, out)
     torch.distributed.destroy_process_group()
 
+def both_ranks(worker, path):
+    "Run a worker as both processes of a group, forked from one that has the imports behind it"
+    import torch._dynamo
+    pid = os.fork()
+    rank = int(pid==0)
+    os.environ['RANK'] = str(rank)
+    try: worker(rank, f'file://{path}/init', f'{path}/{rank}.pt')
+    except BaseException: traceback.print_exc(); os._exit(1)
+    os._exit(0 if rank else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+def run_both(module, path):
+    "What the `ddp_worker` of a test file saves, of both ranks"
+    code = f"import test_callback, {module} as t; test_callback.both_ranks(t.ddp_worker, '{path}')"
+    env = {**os.environ, 'WORLD_SIZE':'2', 'OMP_NUM_THREADS':'1'}
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=300)
+    if res.returncode: pytest.fail(res.stderr[-3000:], pytrace=False)
+    return [torch.load(path/f'{r}.pt', weights_only=False) for r in range(2)]
+
 @pytest.fixture(scope='module')
 def two_ranks(tmp_path_factory):
     "What both processes were left with"
-    path = tmp_path_factory.mktemp('ddp')
-    def start(rank):
-        code = f"import test_callback as t; t.ddp_worker({rank}, 'file://{path}/init', '{path}/{rank}.pt')"
-        env = {**os.environ, 'WORLD_SIZE':'2', 'RANK':str(rank), 'OMP_NUM_THREADS':'1'}
-        return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], cwd=Path(__file__).parent, env=env, stderr=subprocess.PIPE, text=True)
-    procs = [start(r) for r in range(2)]
-    errs = [p.communicate(timeout=300)[1] for p in procs]
-    if any(p.returncode for p in procs): pytest.fail('\n'.join(e[-1500:] for e in errs), pytrace=False)
-    return [torch.load(path/f'{r}.pt') for r in range(2)]
+    return run_both('test_callback', tmp_path_factory.mktemp('ddp'))
 
 @pytest.mark.parametrize('case', ddp_cases)
 def test_ddp_equals_one_process(two_ranks, case, fixed_pairs):

@@ -189,8 +189,3 @@ def test_a_record_of_other_circumstances_is_not_mixed(tmp_path):
     with pytest.raises(ValueError, match="has no 'checks'"): read_record(file)
     file.write_text('{')
     with pytest.raises(ValueError, match='is no JSON'): read_record(file)
-
-def test_import_is_light():
-    "The module loads neither fastai nor plotting nor the rivals' packages"
-    code = "import sys, vt_drloc.compare; print([m for m in ('fastai','matplotlib','timm','torchvision','transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable,'-c',code], capture_output=True, text=True).stdout.strip() == '[]'

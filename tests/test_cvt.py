@@ -1,5 +1,5 @@
 "Both CvT-13s, each against the code that it stands for, and their properties"
-import json, math, re, subprocess, sys, zlib
+import json, math, re, zlib
 from functools import cache
 from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -65,7 +65,7 @@ def loss_of(logits, grid):
     return (logits*torch.randn(logits.shape).to(logits)).sum() + 100*(grid*torch.randn(grid.shape).to(grid)).mean()
 
 @pytest.mark.parametrize('dtype', tol)
-@pytest.mark.parametrize('B,H,W,train', [(2,224,224,False), (2,96,128,False), (2,64,80,True)])
+@pytest.mark.parametrize('B,H,W,train', [(2,112,80,False), (2,96,128,False), (2,64,80,True)])
 def test_transformers(B, H, W, train, dtype):
     """All weights, biases, norms and BatchNorm statistics random: logits, grid, every gradient, updated statistics.
     Two images: with one, in transformers' memory layout, torch 2.15 on the CPU gives BatchNorm in evaluation a gradient that
@@ -367,8 +367,10 @@ def test_classification_reaches_the_final_cells_only_by_pooling():
 @both
 @pytest.mark.parametrize('train', [False,True])
 def test_compile_fullgraph(build, train):
-    a,b = (small(build, depths=(1,1,1)).train(train) for _ in range(2))
-    x = torch.randn(2,3,32,48)
+    "Two stages of one block: each block more takes a second to trace, and the same lines"
+    two = {k: v[:2] for k,v in tiny.items()} | dict(depths=(1,1), **(dict(paddings=(2,1)) if build is CvTToken else {}))
+    a,b = (small(build, **two).train(train) for _ in range(2))
+    x = torch.randn(2,3,16,24)
     y,z = a(x),torch.compile(b, fullgraph=True, backend='aot_eager')(x)
     torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)
     y.square().sum().backward(); z.square().sum().backward()
@@ -420,7 +422,7 @@ def test_no_needless_copies(build, monkeypatch):
 def test_onnx(build, tmp_path):
     import onnxruntime
     torch.manual_seed(0)
-    m,x = build().eval(),torch.randn(2,3,32,32)
+    m,x = build(depths=(1,1)).eval(),torch.randn(2,3,32,32)
     for n,t in m.state_dict().items():
         if 'running_var' in n: t.uniform_(.5, 1.5)
         elif 'running_mean' in n: t.normal_(0, .2)
@@ -428,8 +430,3 @@ def test_onnx(build, tmp_path):
     s = onnxruntime.InferenceSession(tmp_path/'m.onnx', providers=['CPUExecutionProvider'])
     y, = s.run(None, {s.get_inputs()[0].name:x.numpy()})
     assert apart(torch.tensor(y), m(x))<1e-4
-
-def test_import_is_light():
-    "torch, einops and fastcore alone"
-    code = "import sys, vt_drloc.cvt; print([m for m in ('fastai','matplotlib','timm','torchvision','transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='[]'

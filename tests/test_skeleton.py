@@ -9,9 +9,11 @@ import pytest, tomllib
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
 cfg = ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf-8'); cfg = cfg['DEFAULT']
-order = ('tokens attention vit hybrid pairs loss callback data randaugment augment gpus resume swin t2t cvt models variants plots '
+order = ('tokens attention vit hybrid pairs speed_loss loss callback data randaugment augment gpus resume swin t2t cvt models variants plots '
          'watch compare evaluate speed train bench evidence').split()
 bare = set('tokens attention vit hybrid pairs loss swin t2t cvt variants'.split())     # these need torch, einops and fastcore alone
+light = [m for m in order if m in bare | {'models', 'compare'}]                       # these load none of `heavy`
+heavy = 'fastai matplotlib timm torchvision transformers huggingface_hub sklearn skimage pandas'.split()
 modules = sorted(p for p in (root/'vt_drloc').glob('*.py') if p.name[0] != '_')
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 name = lambda p: p.stem
@@ -99,6 +101,29 @@ def test_module_order(p):
 def test_core_is_bare(p):
     mods = {m.split('.')[0] for m in imports(ast.parse(p.read_text(encoding='utf-8')), True)}
     assert mods <= {'torch', 'einops', 'fastcore', 'vt_drloc'} | set(sys.stdlib_module_names)
+
+@pytest.fixture(scope='module')
+def loaded():
+    "What a new process has loaded after each import, one module after the other; schedules of lambda are made without fastai, too"
+    code = """
+import importlib, json, sys
+def seen(*names): return sorted({m.split('.')[0] for m in sys.modules} & set(names))
+res, heavy = {}, sys.argv[2].split()
+for m in sys.argv[1].split():
+    mod = importlib.import_module(f'vt_drloc.{m}')
+    if m == 'variants': mod.lambda_schedule(.5, 'ramp_decay')(0.5)
+    res[m] = seen(*heavy)
+import vt_drloc.plots
+res['plots'] = seen('IPython', 'matplotlib_inline')
+print(json.dumps(res))"""
+    res = subprocess.run([sys.executable, '-c', code, ' '.join(light), ' '.join(heavy)], capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr
+    return json.loads(res.stdout)
+
+@pytest.mark.parametrize('module', [*light, 'plots'])
+def test_import_is_light(loaded, module):
+    "Networks and losses can be used where there is neither fastai nor another library of networks, pictures drawn without a notebook"
+    assert loaded[module] == []
 
 @pytest.mark.parametrize('p', modules, ids=name)
 def test_docstrings(p):

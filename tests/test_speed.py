@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from vt_drloc.hybrid import as_backbone
 from vt_drloc.models import create_model, load_model, save_model
 from vt_drloc.speed import *
+from vt_drloc.speed_loss import can_fuse
 from vt_drloc.speed import _attention, _attention_backward
 from vt_drloc.swin import WindowAttention
 

@@ -1,5 +1,5 @@
 "Swin against torchvision and timm, to the last digit, and its properties"
-import copy, io, pickle, subprocess, sys
+import copy, io, pickle
 import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
@@ -98,12 +98,12 @@ def test_exact_at_224(pairs, package, dtype):
 @pytest.mark.parametrize('package', ['torchvision','timm'])
 @pytest.mark.parametrize('H,W', [(224,448),(448,448)])
 def test_exact_at_multiples_of_224(pairs, package, H, W):
-    for dtype in (torch.float,torch.double): check_forward(pairs[package], H, W, dtype)
+    check_forward(pairs[package], H, W, torch.double)
 
 def test_exact_gradients_where_one_axis_is_one_window(pairs):
     for package in pairs: check_gradients(pairs[package], package, 224, 448, torch.double)
 
-@pytest.mark.parametrize('H,W', [(192,256),(256,256),(32,96)])
+@pytest.mark.parametrize('H,W', [(96,128),(128,128),(32,96)])
 def test_pads_like_torchvision(pairs, H, W):
     "Also where a grid is smaller than a window"
     for dtype in (torch.float,torch.double): check_forward(pairs['torchvision'], H, W, dtype)
@@ -309,10 +309,10 @@ def test_drop_path_drops_images():
     out = m(photo(16, 16).expand(64,-1,-1,-1))
     assert len({tuple(o.tolist()) for o in (out*1e3).round()})==4     # two branches in the last block, each kept or dropped
 
-@pytest.mark.parametrize('train', [False,True])
 @pytest.mark.parametrize('hw', [(32,32),(24,40)])
-def test_compiles_whole(train, hw):
-    m,x = small().train(train),photo(*hw, B=2)
+def test_compiles_whole(hw):
+    "Without and with padding; training mode differs by drop path alone, which is next"
+    m,x = small(depths=(2,2)),photo(*hw, B=2)
     torch.compiler.reset()                   # a size seen before would make this one symbolic, which is slow to trace
     a,b = torch.compile(m, fullgraph=True, backend='aot_eager')(x),m(x)
     torch.testing.assert_close(a, b)
@@ -320,7 +320,7 @@ def test_compiles_whole(train, hw):
     for g,want in zip(*grads): assert gap(g, want) < 1e-4
 
 def test_compiles_with_drop_path_and_other_sizes():
-    m = small(drop_path=.4).train()
+    m = small(depths=(2,1), drop_path=.4).train()
     torch.compiler.reset()
     compiled = torch.compile(m, fullgraph=True, backend='eager', dynamic=False)
     for hw in ((16,16),(24,40),(32,16)):
@@ -353,7 +353,7 @@ def test_channels_last():
 
 def test_onnx(tmp_path):
     ort = pytest.importorskip('onnxruntime'); pytest.importorskip('onnxscript')
-    m,x = scrambled(swin_mini()),photo(32, 32, B=2)
+    m,x = scrambled(swin_mini(depths=(2,2))),photo(32, 32, B=2)
     torch.onnx.export(m, (x,), str(tmp_path/'m.onnx'), dynamo=True, verbose=False)
     sess = ort.InferenceSession(str(tmp_path/'m.onnx'), providers=['CPUExecutionProvider'])
     out, = sess.run(None, {sess.get_inputs()[0].name:x.numpy()})
@@ -373,7 +373,3 @@ def test_refuses():
     with pytest.raises(ValueError, match='shift 4.*0 to 3'): WindowAttention(8, 2, window=4, shift=4)
     with pytest.raises(ValueError, match='5 x 4.*pad it to 6 x 4'): PatchMerging(8)(torch.zeros(1,5,4,8))
     with pytest.raises(ValueError, match='9 x 8.*pad it to 12 x 8'): window_partition(torch.zeros(1,9,8,2), 4)
-
-def test_import_is_light():
-    code = "import sys, vt_drloc.swin; print([m for m in ('fastai','matplotlib','timm','torchvision','transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip()=='[]'

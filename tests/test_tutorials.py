@@ -1,5 +1,5 @@
 "What the tutorials rely on and do not show: grids the right way round, U-Nets under a tap, two processes, no fastai"
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -137,7 +137,9 @@ def ranks(tmp_path_factory):
     "Gradients of both ranks, by `which`"
     if not torch.distributed.is_available(): pytest.skip('PyTorch without torch.distributed')
     out = tmp_path_factory.mktemp('ranks')
-    torch.multiprocessing.spawn(one_rank, (f'file://{out}/init', str(out)), nprocs=2)
+    code = f"import torch._dynamo, torch.multiprocessing as mp, test_tutorials as t; mp.start_processes(t.one_rank, ('file://{out}/init', {str(out)!r}), nprocs=2, start_method='fork')"
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=Path(__file__).parent, env={**os.environ, 'OMP_NUM_THREADS':'1'}, capture_output=True, text=True, timeout=300)
+    assert res.returncode == 0, res.stderr[-3000:]
     return {which: [torch.load(f'{out}/{which}.{r}', weights_only=True) for r in (0,1)] for which in ('joint','outside')}
 
 def test_ddp_around_the_joint_module_averages_the_mlp(ranks):

@@ -149,10 +149,11 @@ def test_drop_rates_rise():
 
 @pytest.mark.parametrize('kw', [dict(), dict(pool='avg', pos='sincos'), dict(pos=None), dict(drop_path=.2)])
 def test_compiles_without_breaks(kw):
+    "Training differs by drop path alone, which the first of several blocks has not"
     torch.manual_seed(0)
-    m,x = ViT(dim=16, depth=2, heads=2, patch=8, **kw).eval(),torch.randn(2,3,32,32)
-    torch.testing.assert_close(torch.compile(m, backend='eager', fullgraph=True)(x), m(x))
-    torch.manual_seed(1); a = torch.compile(m.train(), backend='eager', fullgraph=True)(x)
+    drops = 'drop_path' in kw
+    m,x = ViT(dim=16, depth=1+drops, heads=2, patch=8, **kw).train(drops),torch.randn(2,3,32,32)
+    torch.manual_seed(1); a = torch.compile(m, backend='eager', fullgraph=True)(x)
     torch.manual_seed(1); torch.testing.assert_close(a, m(x))
 
 @few

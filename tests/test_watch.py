@@ -1,7 +1,6 @@
 "Is the side task solved, and by looking? Metrics against hand and brute force, controls, and watchers that change nothing"
-import copy, os, random, subprocess, sys
+import copy, random
 from itertools import product
-from pathlib import Path
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
@@ -15,6 +14,7 @@ from vt_drloc.pairs import all_pairs
 from vt_drloc.variants import VARIANTS, DrlocFamily, best_constant, draw_pairs, drloc_callback
 from vt_drloc.vit import vit_mini
 from vt_drloc.watch import *
+from test_callback import run_both
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 COLS = ['row','col','expl','scr_row','scr_col','scr_expl','con_row','con_col','con_expl']
@@ -455,14 +455,7 @@ def ddp_worker(rank, init, out):
 
 def test_ddp(tmp_path):
     "Both processes show the numbers of all images"
-    def start(rank):
-        code = f"import test_watch as t; t.ddp_worker({rank}, 'file://{tmp_path}/init', '{tmp_path}/{rank}.pt')"
-        env = {**os.environ, 'WORLD_SIZE':'2', 'RANK':str(rank), 'OMP_NUM_THREADS':'1'}
-        return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], cwd=Path(__file__).parent, env=env, stderr=subprocess.PIPE, text=True)
-    procs = [start(r) for r in range(2)]
-    errs = [p.communicate(timeout=120)[1] for p in procs]
-    assert not any(p.returncode for p in procs), '\n'.join(e[-1500:] for e in errs)
-    (h0,s0),(h1,s1) = (torch.load(tmp_path/f'{r}.pt', weights_only=False) for r in range(2))
+    (h0,s0),(h1,s1) = run_both('test_watch', tmp_path)
     want = summary(s0+s1)[0]
     assert h0==h1 and h0[1]['row'] == pytest.approx(want['row'], rel=1e-5) and h0[1]['expl'] == pytest.approx(want['explained'], rel=1e-4)
 

@@ -1,5 +1,5 @@
 "The site and the README, with pip alone: nbdev's processing, then smalldocs or nbconvert. `python tools/site.py docs`, `api` or `readme`"
-import os, re, shutil, sys
+import os, re, shutil, sys, warnings
 from pathlib import Path
 from badges import colab_links, root
 
@@ -15,6 +15,7 @@ def api():
     cfg, out = get_config(), root/'nbs/api'
     made_from = [*cfg.lib_path.glob('*.py'), root/'settings.ini', root/'pyproject.toml', Path(__file__)]
     if (out/'index.qmd').exists() and (out/'index.qmd').stat().st_mtime > max(p.stat().st_mtime for p in made_from): return
+    warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning) # timm's and torchvision's, when they are imported
     seen = api.unwrapped
     api.unwrapped = lambda o: o if isinstance(o, NullType) else seen(o) # fastai's `null` answers whatever it is asked, without end
     shutil.rmtree(out, ignore_errors=True)
@@ -60,7 +61,7 @@ def docs():
     there = lambda l: not (m := re.search(r'(?:- |href: )(\S+\.ipynb)$', l)) or (proc/m[1]).exists()
     yml.write_text('\n'.join(filter(there, yml.read_text(encoding='utf-8').splitlines())), encoding='utf-8')
     quarto_only = 'runs no code|output-file is not read|unknown key format-links|format commonmark is not built'
-    warnings = [w for w in build(proc, quiet=True).warnings if not re.search(quarto_only, w)]
+    wrong = [w for w in build(proc, quiet=True).warnings if not re.search(quarto_only, w)]
     out = proc/'_docs'
     shutil.copytree(root/'tools/katex', out/'site_libs/katex')
     pages, link = sources(), own_link(cfg)
@@ -83,7 +84,7 @@ def docs():
         p.write_text(re.sub(r'@import url\("?https://fonts[^)]*\);?', '', p.read_text(encoding='utf-8')), encoding='utf-8')
     shutil.move(out, cfg.doc_path)
     print(f'{len(list(cfg.doc_path.rglob("*.html")))} pages in {cfg.doc_path.name}/, open {cfg.doc_path.name}/index.html')
-    if warnings: sys.exit('\n'.join(['The site is built, but not as it should be:', *warnings]))
+    if wrong: sys.exit('\n'.join(['The site is built, but not as it should be:', *wrong]))
 
 
 def sources():

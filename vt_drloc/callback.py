@@ -19,7 +19,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientClip
 from fastai.callback.tracker import SaveModelCallback
-from .pairs import check_grid
+from .pairs import check_grid, sample_pairs
 from .loss import DrlocLoss
 from .hybrid import as_backbone
 
@@ -106,13 +106,14 @@ class DrlocCallback(Callback):
         seed:int=0, # of the MLP's first weights and of the pairs; global generators are left alone
         tap=None, # where the grid is, for a model that `as_backbone` does not know: a submodule's dotted name, or a dict of its arguments (`tap`, `layout`, ...); a list gives a list of grids
         loss=None, # makes another loss: called as `loss(dim, k=(h, w), m=, hidden=, reduction=, seed=)`; None is `DrlocLoss`
+        compile:dict=None # arguments of `torch.compile` for the loss; `None`: not compiled, as all losses but `DrlocLoss` are
     ):
         DrlocLoss(1, m, hidden, reduction, seed=seed) # refuses bad values at once
         if not (loss is None or callable(loss)): raise ValueError(f"loss={loss!r}: give a function that makes the loss, such as a class")
         if loss is None and isinstance(tap, list): raise ValueError(f"tap={tap}: DrlocLoss takes one grid; give a loss for several")
         store_attr(but='tap,loss')
         self.where,self.tapped,self.tap,self.joined,self.make_loss = tap,None,None,None,loss
-        self.loss_fn = self.generator = self.opt_state = self.grid_size = None
+        self.loss_fn = self.compiled = self.generator = self.opt_state = self.grid_size = None
         self.weight(0.)
 
     def weight(self,
@@ -131,7 +132,7 @@ class DrlocCallback(Callback):
 
     def __deepcopy__(self, memo):
         new = memo[id(self)] = Callback.__new__(type(self))
-        vars(new).update(deepcopy(vars(self), memo))
+        vars(new).update(deepcopy({k:v for k,v in vars(self).items() if k!='compiled'}, memo), compiled=None)
         return new
 
 # %% ../nbs/07_callback.ipynb #039ba4f0
@@ -143,7 +144,7 @@ def _make(self:DrlocCallback, dim, size):
     "The loss for grids of `dim` features and `size` cells (lists of both with several taps)"
     kw = dict(m=self.m, hidden=self.hidden, reduction=self.reduction, seed=self.seed)
     self.loss_fn = DrlocLoss(dim, **kw) if self.make_loss is None else self.make_loss(dim, k=size, **kw)
-    self.grid_size = size
+    self.grid_size,self.compiled = size,None
 
 def _kind(loss_fn): return f"{getattr(loss_fn, 'variant', 'drloc')} ({getattr(loss_fn, 'preset', 'paper')})"
 
@@ -203,6 +204,13 @@ def _part(self:DrlocCallback):
 def before_batch(self:DrlocCallback): self.tap.out = None
 
 @patch
+def _judge(self:DrlocCallback, grid):
+    "The side task's loss; a compiled one gets its pairs, since a graph cannot draw from a generator"
+    if self.compile is None or type(self.loss_fn) is not DrlocLoss: return self.loss_fn(grid, generator=self.generator)
+    if self.compiled is None: self.compiled = torch.compile(self.loss_fn.forward, **self.compile)
+    return self.compiled(grid, pairs=sample_pairs(len(grid), self.m, *grid.shape[2:], grid.device, self.generator))
+
+@patch
 def after_loss(self:DrlocCallback):
     "Add the weighted side task to the loss"
     grid = self.tap.pop(self.xb[0].shape[-2:])
@@ -210,7 +218,7 @@ def after_loss(self:DrlocCallback):
         self._ready(grid)
         self._join()
     self.lam = self.weight(self.pct_train)
-    with torch.set_grad_enabled(self.lam > 0): drloc = self.loss_fn(grid, generator=self.generator)
+    with torch.set_grad_enabled(self.lam > 0): drloc = self._judge(grid)
     self.sums,self.steps = self.sums + torch.stack([self.loss_grad.detach().float(), drloc.detach()]),self.steps+1
     if self.lam == 0: return
     self.learn.loss_grad = self.loss_grad + self.lam*drloc
@@ -247,9 +255,23 @@ def _stand_in(name):
         return f
     return _inner
 
+def _autocast_state():
+    "How deep in autocast contexts, and what is on for which device"
+    depth = torch.autocast_increment_nesting()-1
+    torch.autocast_decrement_nesting()
+    return depth,[(d,torch.is_autocast_enabled(d),torch.get_autocast_dtype(d)) for d in ('cpu','cuda')]
+
+def _leave_autocast(state):
+    "Back to a state; the contexts that a step left open when it died are closed"
+    depth,devices = state
+    while _autocast_state()[0]>depth: torch.autocast_decrement_nesting()
+    if not depth: torch.clear_autocast_cache()
+    for d,on,dtype in devices: torch.set_autocast_enabled(d, on); torch.set_autocast_dtype(d, dtype)
+
 @_stand_in('fit')
 def _fit(stock, learn, *args, **kwargs):
     with ExitStack() as undo:
+        undo.callback(_leave_autocast, _autocast_state())
         undo.callback(vars(learn).pop, '_drloc_undo', None)
         learn._drloc_undo = undo
         return stock(learn, *args, **kwargs)

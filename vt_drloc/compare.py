@@ -148,7 +148,8 @@ RIVALS = {'swin_t': [('timm',_timm,'swin_tiny_patch4_window7_224'), ('torchvisio
           'vit_base_16': [('timm',_timm,'vit_base_patch16_224')],
           'resnet50': [('torchvision',_torchvision,'resnet50')]}
 _groups = [('swin_t',),('cvt_13','cvt_13_gap'),('t2t_vit_14','t2t_vit_t_14'),('resnet50',),('vit_base_16',),('vit_small_16','vit_tiny_16'),
-           ('cvt_mini','cvt_13_mini','cvt_13_gap_mini','demo_cvt'),('swin_mini','t2t_mini','vit_mini','resnet_mini')]
+           ('cvt_mini','cvt_13_mini','cvt_13_gap_mini','demo_cvt'),('swin_mini','t2t_mini','vit_mini','resnet_mini'),
+           ('hybrid_s','hybrid_m')]
 
 def contenders(
     quick:bool=False, # Four images a step, for a try-out

@@ -325,8 +325,8 @@ def apply_op(
     p:float=NONE # how much room to make: the probability that an operation is applied; `NONE`: for all
 )->Tensor: # (B, 3, H, W) uint8
     "One operation an image, each its own, as timm and PIL do it."
-    lo,hi = (o[...,None].float() for o in (x.amin((2,3)),x.amax((2,3))))
-    mean = (grey(x.float()).mean((1,2,3))+0.5).floor()[:,None,None]
+    y = x.float()                                                       # compiled for a CPU, the minimum of bytes comes out wrong
+    lo,hi,mean = y.amin((2,3))[...,None],y.amax((2,3))[...,None],(grey(y).mean((1,2,3))+0.5).floor()[:,None,None]
     same = torch.arange(256., device=x.device)
     out = look_up(op_tables(op, arg, lo, hi, mean, same).to(x.dtype), x)
     out = _some(out, op==EQUAL, p/NONE, lambda y: look_up(equalize_table(histogram(y)), y), out)

@@ -77,7 +77,8 @@ class Recipe:
     share_seed:int = 0            # which images a share takes
     heldout:int = 0               # judge on this many training images instead of the test set
     precision:str = 'auto'        # bf16, fp16 or float32; auto: bf16 on GPUs that have it, else fp16; float32 on the CPU
-    compile:bool = False          # compile the model: slower start, faster steps
+    compile:bool = False          # compile model and side task: slower start, faster steps
+    graphs:bool = True            # with compile, on one GPU: replay each pass as a CUDA graph instead of starting its kernels one by one
     fast:bool = True              # on a GPU: window attention in one kernel, and drop path that computes only what it keeps
     name:str = ''                 # of the run's files; left open: made from the settings
 
@@ -412,10 +413,10 @@ def task_error(
 # %% ../nbs/10_train.ipynb #b1a50004
 def fit_probe(
     grid:torch.Tensor, # (N, D, h, w) frozen embeddings
-    steps:int=300, # training steps
+    steps:int=600, # training steps
     bs:int=256, # images a step
     m:int=64, # pairs an image
-    lr:float=1e-3, # first learning rate of AdamW; it falls in a line to 0
+    lr:float=3e-3, # first learning rate of AdamW; it falls in a line to 0
     seed:int=0 # of the MLP's first weights, the batches and the pairs
 )->DrlocLoss: # with the trained MLP
     "A localization MLP trained on frozen embeddings"
@@ -440,7 +441,7 @@ def position_report(
     x:torch.Tensor, # (N, C, H, W) normalised images; the first half trains the probe, the second is judged
     loss:nn.Module=None, # the side task's loss with its MLP, if there was one
     tap=None, # where its grid is, if not where `as_backbone` finds it
-    steps:int=300, # of the probe; 0: none
+    steps:int=600, # of the probe; 0: none
     seed:int=0 # of pairs and probe
 )->dict: # side_task and probe: grid, level of guessing, and the error in cells on three kinds of images
     "What a network and its MLP know of position"
@@ -474,7 +475,7 @@ class Position(Callback):
     order = RunRecord.order+2
     def __init__(self,
         precision:str='float32', # of the run; the network is asked in the same
-        steps:int=None, # of the probe; `None`: 300 on a GPU, none on a CPU
+        steps:int=None, # of the probe; `None`: 600 on a GPU, none on a CPU
         images:int=4096 # validation images, half of them to be judged
     ): store_attr()
 
@@ -482,10 +483,10 @@ class Position(Callback):
         record,start = self.learn.run_record,time.perf_counter()
         if record.rec['status']!='complete': return
         dev,task,state = next(self.model.parameters()).device,getattr(self.learn, 'drloc', None),generators(self.learn)
-        steps = self.steps if self.steps is not None else 300*(dev.type=='cuda')
+        steps = self.steps if self.steps is not None else 600*(dev.type=='cuda')
         half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision)
         try:
-            with torch.autocast(dev.type, half, enabled=half is not None):
+            with torch.autocast(dev.type, half, enabled=half is not None), torch.compiler.set_stance('force_eager'):
                 found = position_report(self.model, some_images(self.dls.valid, self.images), task and task.loss_fn, task and task.where, steps)
         finally: set_generators(self.learn, state)
         record.apart = time.perf_counter()-start
@@ -530,10 +531,10 @@ def _pool(r, model, size):
     model.train(was)
     return max(grid.shape[2:])>8 or None
 
-def _side_task(r, model, size):
+def _side_task(r, model, size, compiling=None):
     "The callback of a checked recipe's side task"
     pool = _pool(r, model, size)
-    if (r.drloc,r.variant,r.control,pool)==('paper','drloc','',None): return DrlocCallback(r.lambda_drloc, m=r.m, seed=r.seed)
+    if (r.drloc,r.variant,r.control,pool)==('paper','drloc','',None): return DrlocCallback(r.lambda_drloc, m=r.m, seed=r.seed, compile=compiling)
     cb = drloc_callback(r.variant, r.drloc, r.lambda_drloc, model=model, epochs=r.epochs, m=r.m, seed=r.seed, pool=pool)
     if r.control: cb.make_loss = partial(_controls[r.control], **cb.make_loss.keywords)
     return cb
@@ -580,13 +581,22 @@ def _speed_up(model):
     from vt_drloc.speed import speed_up
     speed_up(model)
 
+def _compiling(r, device):
+    "Arguments of `torch.compile` for a recipe"
+    return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and device.type=='cuda' and world()==1 else {}))
+
+def _same_batches(dl):
+    "Judge in batches of one size, so that there is one shape to compile: the largest divisor of the images, unless it is far below"
+    best = max(d for d in range(1, dl.bs+1) if dl.n%d==0)
+    if best >= dl.bs/2: dl.bs = best
+
 def build(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
     device=None, # 'cuda', 'cpu'; `None`: a GPU if there is one
     bar:bool=True, # progress bars
     beside:int=1, # runs that share the device, for the record
-    probe:int=None, # training steps of the probe of position at the end; `None`: 300 on a GPU, none on a CPU
+    probe:int=None, # training steps of the probe of position at the end; `None`: 600 on a GPU, none on a CPU
     save_every:str=None, # write a checkpoint every so many steps ('500') or so often ('90s', '10m', '2h')
     minutes:float=None, # stop after this time, with a checkpoint
     resume:bool=False, # go on from the newest checkpoint in `out`
@@ -603,8 +613,10 @@ def build(
     model = create_model(r.model, dls.c, img_size=size, drop_path=r.drop_path, pretrained=r.pretrained=='imagenet' or r.pretrained).to(device)
     if r.fast and device.type=='cuda': _speed_up(model)
     cbs = _callbacks(r, device, weights, bar and not _rank())
-    if r.drloc!='none': cbs.append(_side_task(r, model, size))
-    if r.compile: model.compile()
+    if r.drloc!='none': cbs.append(_side_task(r, model, size, _compiling(r, device) if r.compile else None))
+    if r.compile:
+        model.compile(**_compiling(r, device))
+        _same_batches(dls.valid)
     if out: cbs += _files(r, out, dls, device, beside, probe, save_every, minutes, resume)
     for dl in dls: share(dl)
     if _rank(): set_seed(own_seed(r.seed))
@@ -683,7 +695,7 @@ def main(
     minutes:float=None, # stop after this time, with a checkpoint
     resume:bool=False, # go on from the newest checkpoint in the folder; everything else as the first time
     beside:int=1, # how many runs share the GPU, for the record
-    probe:int=None, # training steps of the probe of position at the end (default: 300 on a GPU, none on a CPU)
+    probe:int=None, # training steps of the probe of position at the end (default: 600 on a GPU, none on a CPU)
     no_mix:bool=False, # without mixup, cutmix and label smoothing
     no_bar:bool=False, # one line an epoch instead of progress bars
     **kwargs

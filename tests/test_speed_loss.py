@@ -1,0 +1,135 @@
+"The side task's kernels compute the loss of chapter 06"
+import os
+import pytest, torch
+if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'    # before the kernels are made
+from copy import deepcopy
+from hypothesis import given, settings, strategies as st
+from vt_drloc.loss import DrlocLoss, LocalizationMLP, l1_drloc, predict_pairs
+from vt_drloc.pairs import sample_pairs, targets
+from vt_drloc.speed_loss import can_fuse
+from vt_drloc.speed_loss import fits, pair_losses
+from vt_drloc.speed_loss import _losses, _losses_backward
+
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+gpu = pytest.mark.skipif(device=='cpu', reason='needs a GPU')
+kernels = pytest.mark.skipif(not can_fuse(torch.zeros(1, device=device)), reason='needs Triton, and without a GPU TRITON_INTERPRET=1 before anything imports it, as make test does')
+far = lambda a,b: ((a.double()-b.double()).norm()/b.double().norm()).item()
+
+def inputs(B=2, D=16, h=4, w=5, m=20, hidden=32, dtype=torch.float32):
+    "Grid as a backbone hands it out (a permuted view), MLP, pairs"
+    torch.manual_seed(0)
+    mlp = LocalizationMLP(D, hidden).to(device)
+    return mlp,torch.randn(B,h,w,D, device=device).to(dtype).permute(0,3,1,2).requires_grad_(),sample_pairs(B, m, h, w, device)
+
+def plain(mlp, grid, pairs):
+    pred = predict_pairs(mlp, grid, pairs)
+    return (pred-targets(pairs, *grid.shape[2:], pred.dtype)).abs().sum(-1)
+
+def grads(f, mlp, grid, pairs):
+    "Losses, and gradients for weights that differ from pair to pair"
+    y = f(mlp, grid, pairs)
+    g = torch.cos(torch.arange(y.numel(), device=y.device, dtype=y.dtype)).view_as(y)
+    return y,*torch.autograd.grad(y, [grid,*mlp.parameters()], g)
+
+@kernels
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_kernels_are_chapter_6(data):
+    "Any grid, square or not, more pairs than cells or fewer, widths that are no power of 2"
+    B,D,h,w,m = (data.draw(st.integers(*r)) for r in ((1,3),(1,20),(1,9),(2,9),(1,80)))
+    args = inputs(B, D, h, w, m, data.draw(st.sampled_from([16,48,128,160])))
+    for a,b in zip(grads(pair_losses, *args), grads(plain, *args)): assert far(a, b)<1e-5
+
+@kernels
+@pytest.mark.parametrize('h,w,m', [(3,3,20),(6,6,20)])
+def test_bfloat16(h, w, m):
+    "Losses as exact as in float32, gradients as exact as bfloat16; the weights' split keeps 16 bits"
+    mlp,grid,pairs = inputs(h=h, w=w, m=m, D=64, hidden=64, dtype=torch.bfloat16)
+    for k,(a,b) in enumerate(zip(grads(pair_losses, mlp, grid, pairs), grads(plain, mlp, grid, pairs))):
+        assert a.dtype==b.dtype and far(a, b)<(1e-4 if k in (0,3,4,5) else 1e-2)
+
+@kernels
+def test_autocast_changes_nothing():
+    args = inputs()
+    want = grads(pair_losses, *args)
+    with torch.autocast(device, torch.bfloat16): got = grads(pair_losses, *args)
+    for a,b in zip(got, want): assert torch.equal(a, b)
+
+@kernels
+@pytest.mark.parametrize('h,w', [(3,3),(6,6)])
+def test_operations_obey_pytorch(h, w):
+    mlp,grid,pairs = inputs(h=h, w=w)
+    (l1,_,l2),cells = mlp,grid.flatten(2).transpose(1,2)
+    for x in (cells, torch.randn(2,16,h*w, device=device).transpose(1,2)):        # in memory as tokens, and as a convolution's grid
+        leaves = [o.detach().clone().requires_grad_() for o in (x,l1.weight,l1.bias,l2.weight,l2.bias)]
+        torch.library.opcheck(_losses, (leaves[0],pairs,*leaves[1:],h,w))
+
+@kernels
+def test_two_runs_give_the_same_bits():
+    args = inputs(B=5, m=60)
+    assert all(torch.equal(a, b) for a,b in zip(grads(pair_losses, *args), grads(pair_losses, *args)))
+
+@kernels
+@pytest.mark.parametrize('bad', [-1,20])
+def test_a_pair_outside_the_grid_is_seen(bad):
+    mlp,grid,pairs = inputs()
+    pairs[1,3,0] = bad
+    loss = pair_losses(mlp, grid, pairs)
+    assert loss.isnan().nonzero().tolist()==[[1,3]]
+
+@kernels
+def test_compiled():
+    args = inputs()
+    f = torch.compile(lambda *a: pair_losses(*a).mean(), backend='aot_eager', fullgraph=True)
+    for a,b in zip(*(torch.autograd.grad(g(*args), [args[1],*args[0].parameters()]) for g in (f, lambda *a: pair_losses(*a).mean()))): assert torch.equal(a, b)
+    torch.compiler.reset()
+
+@kernels
+def test_not_twice():
+    mlp,grid,pairs = inputs()
+    g, = torch.autograd.grad(pair_losses(mlp, grid, pairs).mean(), grid, create_graph=True)
+    with pytest.raises(RuntimeError): torch.autograd.grad(g.square().sum(), mlp[0].weight)
+
+@pytest.mark.parametrize('change', ['float64','fp16 grid','hidden 24','other layers'])
+def test_what_does_not_fit_says_so(change):
+    mlp,grid,pairs = inputs(hidden=24 if change=='hidden 24' else 32)
+    if change=='float64': mlp,grid = mlp.double(),grid.double()
+    if change=='fp16 grid': grid = grid.half()
+    if change=='other layers': mlp[1] = torch.nn.GELU()
+    assert not fits(mlp, grid)
+    with pytest.raises(ValueError, match='multiple of 16.*use predict_pairs'): pair_losses(mlp, grid, pairs)
+
+# ---- DrlocLoss takes them by itself on a GPU
+
+@gpu
+@pytest.mark.parametrize('reduction', ['mean','sum'])
+@pytest.mark.parametrize('h', [3,9])
+def test_the_loss_on_a_gpu(h, reduction, monkeypatch):
+    import vt_drloc.speed_loss as s
+    calls,real = [],s.pair_losses
+    monkeypatch.setattr(s, 'pair_losses', lambda *a: calls.append(1) or real(*a))
+    fast = DrlocLoss(16, reduction=reduction, seed=0).cuda()
+    slow = deepcopy(fast)
+    slow.fast = False
+    grid,seen = inputs(h=h)[1],[]
+    for loss in (fast,slow):
+        l = loss(grid, generator=torch.Generator('cuda').manual_seed(1))
+        seen.append([l,*torch.autograd.grad(l, [grid,*loss.parameters()])])
+    assert calls==[1] and all(far(a, b)<1e-5 for a,b in zip(*seen))
+
+@gpu
+def test_what_does_not_fit_on_a_gpu_still_runs():
+    for dtype in (torch.float16,torch.float64):
+        loss = DrlocLoss(16, seed=0).cuda()
+        if dtype==torch.float64: loss = loss.double()
+        loss(inputs()[1].to(dtype)).backward()
+        assert loss.mlp[0].weight.grad.isfinite().all()
+
+@gpu
+def test_never_waits():
+    loss,grid = DrlocLoss(16, seed=0).cuda(),inputs(dtype=torch.bfloat16)[1]
+    loss(grid).backward()
+    try:
+        torch.cuda.set_sync_debug_mode('error')
+        loss(grid).backward()
+    finally: torch.cuda.set_sync_debug_mode('default')
