@@ -285,7 +285,7 @@ def run(self:Runner)->list: # the runs, each with its state
     print(self.line(), flush=True)
     return self.runs
 
-# %% ../nbs/23_evidence.ipynb #442308c3
+# %% ../nbs/23_evidence.ipynb #574611e3
 @call_parse
 def main(
     plan:str=None, # file of `vt_drloc_train` commands
@@ -299,9 +299,10 @@ def main(
 ):
     "Make the runs of a plan, several side by side on each GPU"
     if not plan: sys.exit("vt_drloc.evidence: give a plan, such as --plan nbs/results/plans/32px_cifar10.txt")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('vt_drloc.evidence: stopped, and its runs with it'))
+    was = signal.signal(signal.SIGTERM, lambda *_: sys.exit('vt_drloc.evidence: stopped, and its runs with it'))
     try: runs = Runner(read_plan(plan), out, gpus, beside, minutes, path, pack, weights).run()
     except (ValueError, OSError) as e: sys.exit(f'vt_drloc.evidence: {e}')
+    finally: signal.signal(signal.SIGTERM, was)
     missing = [r for r in runs if r.state!='done']
     for r in missing: print(f'{r.name}: {r.state}, {r.why}')
     if missing: sys.exit(1)
