@@ -45,23 +45,24 @@ def _hidden(pre, b1, b, i, j, pair, ok, c, M, N, H: tl.constexpr, CELLS: tl.cons
     else: h = tl.load(pre + (b*M + pair[:,None])*H + c[None,:], mask=ok[:,None], other=0.)
     return h + tl.load(b1 + c)[None,:]
 
-# %% ../nbs/21_speed_loss.ipynb #457f0748
+# %% ../nbs/21_speed_loss.ipynb #65470654
 @jit
 def _sign(x): return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
 
 @jit
-def _forward(pre, b1, w2, b2, pairs, error, sign, M, N, rows, cols, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, CELLS: tl.constexpr):
+def _forward(pre, b1, w2, b2, pairs, error, sign, M, N, rows, cols,
+             H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, CELLS: tl.constexpr):
     "|d_u - t_u| + |d_v - t_v| of some pairs of an image, and both signs"
-    b,pair = tl.program_id(0).to(tl.int64),tl.program_id(1)*BM + tl.arange(0, BM)
+    b,pair,zero = tl.program_id(0).to(tl.int64),tl.program_id(1)*BM + tl.arange(0, BM),tl.zeros((BM,), tl.float32)
     i,j,ok,inside = _cells_of(pairs, b, pair, M, N)
-    u,v = tl.zeros((BM,), tl.float32) + tl.load(b2),tl.zeros((BM,), tl.float32) + tl.load(b2 + 1)
+    u,v = zero + tl.load(b2),zero + tl.load(b2 + 1)
     for start in range(0, H, BH):
         c = start + tl.arange(0, BH)
         h = tl.maximum(_hidden(pre, b1, b, i, j, pair, ok, c, M, N, H, CELLS), 0.)
         u += tl.sum(h*tl.load(w2 + c)[None,:], 1)
         v += tl.sum(h*tl.load(w2 + H + c)[None,:], 1)
-    u -= tl.div_rn(tl.abs(i//cols - j//cols).to(tl.float32), tl.zeros((BM,), tl.float32) + rows)
-    v -= tl.div_rn(tl.abs(i%cols - j%cols).to(tl.float32), tl.zeros((BM,), tl.float32) + cols)
+    u -= tl.div_rn(tl.abs(i//cols - j//cols).to(tl.float32), zero + rows)
+    v -= tl.div_rn(tl.abs(i%cols - j%cols).to(tl.float32), zero + cols)
     at = b*M + pair
     tl.store(error + at, tl.where(inside, tl.abs(u) + tl.abs(v), float('nan')), mask=ok)
     tl.store(sign + 2*at, _sign(u), mask=ok)
@@ -79,32 +80,37 @@ def _spread(one, dh, LOW: tl.constexpr):
     "Add up the pairs' gradients at their cells"
     return tl.dot(one, dh.to(tl.bfloat16)) if LOW else tl.dot(one, dh, input_precision='tf32x3')
 
-# %% ../nbs/21_speed_loss.ipynb #6b4bf31a
+# %% ../nbs/21_speed_loss.ipynb #6c8c739c
 @jit
-def _backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, NB: tl.constexpr,
-              CELLS: tl.constexpr, LOW: tl.constexpr):
-    "Gradients of one image's hidden units, BH of them, and its share of those of biases and second layer"
-    b,c = tl.program_id(0).to(tl.int64),tl.program_id(1)*BH + tl.arange(0, BH)
-    wu,wv,n = tl.load(w2 + c),tl.load(w2 + H + c),tl.arange(0, NB)
-    db1,dwu,dwv,su,sv = tl.zeros((BH,), tl.float32),tl.zeros((BH,), tl.float32),tl.zeros((BH,), tl.float32),tl.zeros((BM,), tl.float32),tl.zeros((BM,), tl.float32)
-    first,second = tl.zeros((NB,BH), tl.float32),tl.zeros((NB,BH), tl.float32)
+def _backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, H: tl.constexpr, BH: tl.constexpr,
+              BM: tl.constexpr, NB: tl.constexpr, CELLS: tl.constexpr, LOW: tl.constexpr):
+    "Gradients of BH hidden units of an image, and its share of those of biases and second layer"
+    b,c,n = tl.program_id(0).to(tl.int64),tl.program_id(1)*BH + tl.arange(0, BH),tl.arange(0, NB)
+    wu,wv = tl.load(w2 + c),tl.load(w2 + H + c)
+    units,some,both = tl.zeros((BH,), tl.float32),tl.zeros((BM,), tl.float32),tl.zeros((NB,BH), tl.float32)
+    db1,dwu,dwv,su,sv,first,second = units,units,units,some,some,both,both
     for start in range(0, M, BM):
         pair = start + tl.arange(0, BM)
         i,j,ok,_ = _cells_of(pairs, b, pair, M, N)
         h = tl.maximum(_hidden(pre, b1, b, i, j, pair, ok, c, M, N, H, CELLS), 0.)
-        g = tl.load(derror + b*M + pair, mask=ok, other=0.)
-        gu,gv = g*tl.load(sign + 2*(b*M + pair), mask=ok, other=0.),g*tl.load(sign + 2*(b*M + pair) + 1, mask=ok, other=0.)
+        at = b*M + pair
+        g = tl.load(derror + at, mask=ok, other=0.)
+        gu,gv = g*tl.load(sign + 2*at, mask=ok, other=0.),g*tl.load(sign + 2*at + 1, mask=ok, other=0.)
         dh = tl.where(h > 0, gu[:,None]*wu[None,:] + gv[:,None]*wv[None,:], 0.)
-        db1,dwu,dwv,su,sv = db1 + tl.sum(dh, 0),dwu + tl.sum(gu[:,None]*h, 0),dwv + tl.sum(gv[:,None]*h, 0),su + gu,sv + gv
-        if CELLS: first,second = first + _spread(_ones(i, ok, NB, LOW), dh, LOW),second + _spread(_ones(j, ok, NB, LOW), dh, LOW)
-        else: tl.store(dpre + (b*M + pair[:,None])*H + c[None,:], dh.to(dpre.dtype.element_ty), mask=ok[:,None])
+        db1,su,sv = db1 + tl.sum(dh, 0),su + gu,sv + gv
+        dwu,dwv = dwu + tl.sum(gu[:,None]*h, 0),dwv + tl.sum(gv[:,None]*h, 0)
+        if CELLS:
+            first += _spread(_ones(i, ok, NB, LOW), dh, LOW)
+            second += _spread(_ones(j, ok, NB, LOW), dh, LOW)
+        else: tl.store(dpre + at[:,None]*H + c[None,:], dh.to(dpre.dtype.element_ty), mask=ok[:,None])
     if CELLS:
         row,here = dpre + (b*N + n[:,None])*2*H + c[None,:],n[:,None] < N
         tl.store(row, first.to(dpre.dtype.element_ty), mask=here)
         tl.store(row + H, second.to(dpre.dtype.element_ty), mask=here)
     part = parts + b*(3*H + 2)
     tl.store(part + c, db1); tl.store(part + H + c, dwu); tl.store(part + 2*H + c, dwv)
-    if tl.program_id(1) == 0: tl.store(part + 3*H, tl.sum(su, 0)); tl.store(part + 3*H + 1, tl.sum(sv, 0))
+    if tl.program_id(1) == 0:
+        tl.store(part + 3*H, tl.sum(su, 0)); tl.store(part + 3*H + 1, tl.sum(sv, 0))
 
 # %% ../nbs/21_speed_loss.ipynb #a055008b
 def _times(x, w):
@@ -132,25 +138,26 @@ def _sizes(cells, pairs, hidden, most):
     block = min(most, hidden & -hidden)                     # the largest power of 2 in `hidden`, at most `most`
     return dict(H=hidden, BH=block, CELLS=_cells_first(cells, pairs))
 
-# %% ../nbs/21_speed_loss.ipynb #b6c2db3b
+# %% ../nbs/21_speed_loss.ipynb #633430bc
 @torch.library.custom_op('vt_drloc::pair_losses', mutates_args=())
-def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, b2:torch.Tensor, rows:int, cols:int
-            )->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
+def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor,
+            b2:torch.Tensor, rows:int, cols:int)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
     with torch.autocast(cells.device.type, enabled=False):
         x,w,_ = _rows(cells, pairs, w1)
         pre,(B,m,_) = _times(x, w),pairs.shape
-    error,sign = pre.new_empty(B, m),pre.new_empty(B, m, 2)
-    _forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **_sizes(cells, pairs, len(b1), 128))
+    error,sign,sizes = pre.new_empty(B, m),pre.new_empty(B, m, 2),_sizes(cells, pairs, len(b1), 128)
+    _forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **sizes)
     return error,sign,pre
 
 @torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
-def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor, sign:torch.Tensor,
-                     derror:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
-    (B,N,D),m,low = cells.shape,pairs.shape[1],cells.dtype==torch.bfloat16 and cells.is_cuda
+def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor,
+                     sign:torch.Tensor, derror:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
+    (B,N,D),m,s = cells.shape,pairs.shape[1],_sizes(cells, pairs, len(b1), 64)
     x,w,at = _rows(cells, pairs, w1)
-    s,dpre,parts = _sizes(cells, pairs, len(b1), 64),torch.empty_like(pre, dtype=x.dtype),pre.new_empty(B, 3*len(b1)+2)
-    _backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, BM=min(32 if s['CELLS'] else 64, max(16, triton.next_power_of_2(m))),
-                                 NB=max(16, triton.next_power_of_2(N)) if s['CELLS'] else 16, LOW=low, **s)
+    dpre,parts = torch.empty_like(pre, dtype=x.dtype),pre.new_empty(B, 3*len(b1)+2)
+    least = lambda n: max(16, triton.next_power_of_2(n))
+    _backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, NB=least(N) if s['CELLS'] else 16,
+                                 BM=min(32 if s['CELLS'] else 64, least(m)), LOW=x.dtype==torch.bfloat16 and x.is_cuda, **s)
     with torch.autocast(cells.device.type, enabled=False): dx,dw = _times_back(dpre, x, w)
     if s['CELLS']: dw = dw.view(2, -1, D).transpose(0, 1)
     else: dx = pre.new_zeros(B*N, D).index_add_(0, at, dx.view(-1, D).float()).to(cells.dtype)
