@@ -163,14 +163,14 @@ def epochs(self:Runner, run)->list:
     "The epochs of a run that are through"
     return (self.record(run) or {}).get('epochs', []) if run.began else []
 
-# %% ../nbs/23_evidence.ipynb #14f6a036
+# %% ../nbs/23_evidence.ipynb #210d7a9c
 @patch
 def pace(self:Runner, run)->tuple: # seconds before its second epoch, seconds an epoch
     "How fast a run is, as seen so far; `None` before its second epoch"
     es = self.epochs(run)
     if len(es) < 2: return None
     late = es[-4:]
-    return es[0]['wall_s']+15,(late[-1]['wall_s']-late[0]['wall_s'])/(len(late)-1)
+    return es[0]['wall_s']+15,(late[-1]['wall_s']-late[0]['wall_s'])/(len(late)-1)    # 15 s for imports and images, which no record counts
 
 @patch
 def expected(self:Runner, run)->float: # `None`: nothing to go by yet
