@@ -104,7 +104,7 @@ def outcome(folder):
     return load_file(folder/f'{name}.safetensors'),load_file(folder/f'{name}.mlp.safetensors'),json.loads((folder/f'{name}.json').read_text())
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-times = {'started','wall_s','images_per_s','resumed'}
+times = {'started','wall_s','images_per_s','train_s','seconds','resumed'}
 def timeless(x):
     if isinstance(x, dict): return {k: timeless(v) for k,v in x.items() if k not in times}
     return [timeless(v) for v in x] if isinstance(x, list) else x
