@@ -80,6 +80,7 @@ class Run:
     @property
     def kind(self): return (self.recipe.data,self.recipe.model,self.recipe.drloc,self.recipe.variant,self.recipe.control,self.recipe.bs,self.recipe.share,self.recipe.size)
 
+# %% ../nbs/23_evidence.ipynb #c9e9391c
 @cache
 def _parser():
     parser = anno_parser(train_main.__wrapped__, prog='vt_drloc_train')
@@ -477,7 +478,7 @@ def position_table(
 def _belongs(rec, recipe):
     "Is this the record of a recipe? Fields that a record is too old to have do not count, nor does what only makes it faster"
     mine = json.loads(json.dumps(vars(recipe.check())))
-    return all(rec['recipe'][k]==v for k,v in mine.items() if k in rec['recipe'] and k not in ('name','compile','fast','precision'))
+    return all(rec['recipe'][k]==v for k,v in mine.items() if k in rec['recipe'] and k not in ('name','compile','graphs','fast','precision'))
 
 def _record_of(run, recs): return next((r for r in recs if _belongs(r, run.recipe)), None)
 

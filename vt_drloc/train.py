@@ -539,6 +539,7 @@ def _side_task(r, model, size, compiling=None):
     if r.control: cb.make_loss = partial(_controls[r.control], **cb.make_loss.keywords)
     return cb
 
+# %% ../nbs/10_train.ipynb #4f41c0d8
 def _keep_share(dls, share, seed):
     "Train on a share of the images, the same of every class"
     ds = dls.train.dataset
@@ -549,6 +550,7 @@ def _keep_share(dls, share, seed):
     dls.loaders[0] = dls.train.new(MemoryImages(ds.x[kept], ds.y[kept], ds.vocab, 0, ds.size, ds.held))
     dls.info.n_train = n
 
+# %% ../nbs/10_train.ipynb #bcb01a4a
 def _callbacks(r, device, weights, bar):
     "The callbacks that a checked recipe asks for, its side task apart"
     cbs = [TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DecayRule(), ParamScheduler({'lr': r.lr_at}), StopOnNonFinite(checkpoint=weights)]
@@ -581,6 +583,7 @@ def _speed_up(model):
     from vt_drloc.speed import speed_up
     speed_up(model)
 
+# %% ../nbs/10_train.ipynb #a07c70e7
 def _compiling(r, device):
     "Arguments of `torch.compile` for a recipe"
     return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and device.type=='cuda' and world()==1 else {}))
@@ -590,6 +593,7 @@ def _same_batches(dl):
     best = max(d for d in range(1, dl.bs+1) if dl.n%d==0)
     if best >= dl.bs/2: dl.bs = best
 
+# %% ../nbs/10_train.ipynb #46ddde78
 def build(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
