@@ -653,12 +653,13 @@ def _clock(rec, file, device):
 def clocked(
     epochs:list, # dicts with `wall_s` since the start, `steady_s` from the third step on, `valid_s` and `accuracy`
 )->dict: # seconds, compile_s, valid_s, first_epoch, accuracy
-    "Sum up a run: the first epoch counts like the median of the others, what it took beyond is compilation"
+    "Sum up a run: the first epoch counts at most like the median of the others, what it took beyond is compilation"
     walls = [0.]+[e['wall_s'] for e in epochs]
     secs = [b-a for a,b in zip(walls, walls[1:])]
     rest = epochs[1:] or epochs
     usual = median(secs[1:] or secs)
-    return dict(seconds=usual+sum(secs[1:]), compile_s=max(0., secs[0]-usual), valid_s=len(epochs)*median(e['valid_s'] for e in rest),
+    first = min(secs[0], usual)
+    return dict(seconds=first+sum(secs[1:]), compile_s=secs[0]-first, valid_s=len(epochs)*median(e['valid_s'] for e in rest),
                 first_epoch=epochs[0]['steady_s']/median(e['steady_s'] for e in rest), accuracy=epochs[-1].get('accuracy'))
 
 def epochs_in(
