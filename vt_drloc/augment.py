@@ -8,8 +8,8 @@ Docs: https://SET_ME.github.io/vt_drloc/augment.html.md"""
 __all__ = ['AffineEach', 'LightEach', 'EraseEach', 'get_tfms', 'MixupCutmix']
 
 # %% ../nbs/09_augment.ipynb #56ca1b33
-from fastai.vision.all import *
-from timm.data.mixup import Mixup,cutmix_bbox_and_lam,mixup_target
+from fastai.basics import *
+from fastai.vision.core import *
 
 # %% ../nbs/09_augment.ipynb #b6c6f80a
 class AffineEach(DisplayedTransform):
@@ -116,12 +116,14 @@ class MixupCutmix(Callback):
     ): store_attr(but='mixup'); self.alpha = mixup
 
     def before_fit(self):
+        from timm.data.mixup import Mixup
         if isinstance(self.learn.loss_func, BaseLoss):
             raise ValueError(f'{type(self.learn.loss_func).__name__} cannot take soft targets (a probability a class): give the Learner loss_func=F.cross_entropy')
         self.mix = Mixup(self.alpha, self.cutmix, prob=self.prob if self.alpha or self.cutmix else 0., switch_prob=self.switch,
                          label_smoothing=self.smooth, num_classes=self.n_classes or self.dls.c)
 
     def before_batch(self):
+        from timm.data.mixup import mixup_target
         (x,lam),y = self.mixed(self.xb[0]),self.yb[0].as_subclass(Tensor)
         self.learn.xb,self.learn.yb = (x,*self.xb[1:]),(mixup_target(y, self.mix.num_classes, lam, self.smooth),)
 
@@ -131,6 +133,7 @@ def mixed(self:MixupCutmix,
     x # (B, 3, H, W)
 )->tuple: # a new batch, and the share of each image that is its own
     "Mix a batch with itself reversed, in as few copies as it takes."
+    from timm.data.mixup import cutmix_bbox_and_lam
     lam,cut = self.mix._params_per_batch()
     if lam==1: return x,1.
     if not cut: return torch.lerp(x.flip(0), x, lam),lam

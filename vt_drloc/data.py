@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager,suppress
 from dataclasses import dataclass,replace
 from itertools import islice
-from fastai.vision.all import *
+import fastai.vision.data                   # how batches of images are shown
+from fastai.basics import *
+from fastai.vision.core import *
 
 # %% ../nbs/08_data.ipynb #0ba2da2b
 class DataError(ValueError):
@@ -549,6 +551,7 @@ def new_empty(self:MemoryImages):
 def _enlarged(size, side): return any(a>b for a,b in zip(size, side))
 
 def _stock_resize(ds):
+    from fastai.vision.augment import CropPad, Resize
     if not _enlarged(ds.size, ds.x.shape[-2:]): return [Resize(ds.size)]
     return [Resize(tuple(round(o*8/7) for o in ds.size), resamples=(Image.Resampling.BICUBIC, Image.Resampling.NEAREST)), CropPad(ds.size)]
 
@@ -618,6 +621,7 @@ class CropMiddle(Transform):
 def _open_rgb(o:Path|str|Image.Image|np.ndarray|Tensor)->PILImage: return PILImage(load_rgb(o)) if isinstance(o, (str,Path)) else PILImage.create(o)
 
 def _file_dls(train, valid, bs, size, batch_tfms, device, num_workers):
+    from fastai.vision.augment import RandomResizedCrop
     crop = RandomResizedCrop(size, resamples=(Image.Resampling.BICUBIC, Image.Resampling.NEAREST))
     crop.split_idx = 0
     items = [[Path(f),train.vocab[i]] for o in (train,valid) for f,i in zip(o.x, o.y)]

@@ -19,7 +19,6 @@ from functools import cache
 from heapq import heapify, heapreplace
 from pathlib import Path
 import numpy as np, pandas as pd
-from scipy import stats
 from fastcore.basics import patch, store_attr
 from fastcore.script import anno_parser, call_parse
 from .train import Recipe, main as train_main, read_records, run_name
@@ -36,6 +35,7 @@ def interval(
     "95 % t interval of the mean of paired gains"
     n = len(gains)
     if n < 2: raise ValueError(f"{n} gain{'s'*(n!=1)}: an interval needs two seeds or more")
+    from scipy import stats
     half = stats.t.ppf(.975, n-1)*np.std(gains, ddof=1)/math.sqrt(n)
     return float(np.mean(gains)-half),float(np.mean(gains)+half)
 

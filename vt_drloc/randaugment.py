@@ -18,7 +18,8 @@ from functools import partial
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from fastai.vision.all import DisplayedTransform, TensorImage, imagenet_stats, store_attr
+from fastai.basics import DisplayedTransform, TensorImage, store_attr
+from fastai.vision.core import imagenet_stats
 
 # %% ../nbs/19_randaugment.ipynb #ec3706a0
 OPS = ['AutoContrast','Equalize','Invert','Rotate','Posterize','Solarize','SolarizeAdd','Color','Contrast','Brightness','Sharpness',
