@@ -75,7 +75,8 @@ kills = dict(before_the_first_checkpoint_is_due=[('after_batch',1)], mid_epoch=[
              twice=[('after_batch',4), ('after_batch',8)])
 
 def server(path):
-    "All runs, forked from one process that has the imports behind it"
+    "All runs, forked from one process that has the imports behind it, those of a first step too"
+    import timm.data, torch._dynamo
     path,res = Path(path),{}
     noise(path/'noise')
     res['alone'] = wait(child(path/'alone'))
