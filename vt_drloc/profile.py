@@ -22,10 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from fastcore.script import call_parse
 from .pairs import gather_pairs
 from .hybrid import as_backbone
-from .models import create_model
 from .compare import _circumstances
-from .speed_loss import _cells_first
-from .speed import speed_up
+import vt_drloc.speed                                        # its operations have formulas below
 from .bench import Case, Steps, Worker, _ready, _steps, _switches, _write
 
 # %% ../nbs/22_profile.ipynb #ac8686d3
@@ -159,13 +157,15 @@ def count_work(
     m:int=64, # Pairs of an image
 )->int: # FLOP
     "Arithmetic of a forward and a backward pass in training"
-    net,x = as_backbone(copy.deepcopy(model).to('meta').train()),torch.empty(batch, 3, size, size, device='meta')
+    net,mlp = copy.deepcopy((model,mlp))
+    device = next(net.parameters()).device
+    x = torch.zeros(batch, 3, size, size, device=device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        f = net.forward_features(x)
+        f = net.train().forward_features(x)
         loss = net.forward_head(f).sum()
         if mlp is not None:
-            pairs = torch.zeros(batch, m, 2, dtype=torch.long, device='meta')
-            loss = loss + copy.deepcopy(mlp).to('meta')(gather_pairs(net.grid(f, (size,size)), pairs)).sum()
+            grid = as_backbone(net).grid(f, (size,size))
+            loss = loss + mlp(gather_pairs(grid, torch.zeros(batch, m, 2, dtype=torch.long, device=device))).sum()
         loss.backward()
     return counter.get_total_flops()
 
