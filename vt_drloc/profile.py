@@ -169,11 +169,11 @@ def count_work(
         loss.backward()
     return counter.get_total_flops()
 
-# %% ../nbs/22_profile.ipynb #45006824
+# %% ../nbs/22_profile.ipynb #f8c964e8
 PUBLISHED = {'NVIDIA H200': dict(flop_per_s=989e12, bytes_per_s=4.8e12), 'NVIDIA H100 80GB HBM3': dict(flop_per_s=989e12, bytes_per_s=3.35e12)}
 
 def _seconds(f, device, calls, blocks=10):
-    "Median seconds of a call"
+    "Seconds of a call, in the best of some blocks"
     wait = torch.cuda.synchronize if device.type=='cuda' else lambda: None
     def block():
         wait()
@@ -182,14 +182,14 @@ def _seconds(f, device, calls, blocks=10):
         wait()
         return (time.perf_counter()-t)/calls
     block()
-    return median(block() for _ in range(blocks))
+    return min(block() for _ in range(blocks))
 
 def chip_limits(
     device:str='cuda', # Where
     n:int=0, # Side of the matrices; 0: 8192 on a GPU, 1024 elsewhere
     size:int=0, # Bytes to copy; 0: 2 GiB on a GPU, 128 MiB elsewhere
 )->dict: # flop_per_s, bytes_per_s (read and written), and how they were measured
-    "What a large matrix product and a large copy reach"
+    "What a large matrix product and a large copy reach at best"
     device = torch.device(device)
     cuda = device.type=='cuda'
     n,size,calls,dtype = n or (8192 if cuda else 1024),size or (2**31 if cuda else 2**27),20 if cuda else 1,torch.bfloat16 if cuda else torch.float32
@@ -199,7 +199,7 @@ def chip_limits(
     return dict(flop_per_s=2*n**3/_seconds(lambda: a@b, device, calls), bytes_per_s=2*size/_seconds(lambda: there.copy_(here), device, calls),
                 n=n, bytes=size, dtype=str(dtype).removeprefix('torch.'))
 
-# %% ../nbs/22_profile.ipynb #bc145d04
+# %% ../nbs/22_profile.ipynb #6f29c155
 def prepare(
     case:Case, # Of kind 'steps' or 'released'
     device:str='cuda', # Where
@@ -222,10 +222,10 @@ def profile_run(
     return dict(asdict(case), arm=arm, **res, groups=by_group(rows), starts=sum(r['count'] for r in rows),
                 kernels=[dict(r, name=r['name'][:160]) for r in rows[:12]], flop=count_work(run.model, case.batch, case.size, mlp), peak_bytes=run.facts[arm]['peak_bytes'])
 
-# %% ../nbs/22_profile.ipynb #6f29c155
-TRY = [Case('profile', m, model=m, batch=8, size=32, precision='float32', arms=('eager side',), steps=2) for m in ('cvt_mini','swin_mini','resnet_mini')]
+# %% ../nbs/22_profile.ipynb #3e052525
+TRY = [Case('profile', m, model=m, batch=4, size=32, precision='float32', arms=('eager side',), steps=2) for m in ('cvt_mini','swin_mini','resnet_mini')]
 
-# %% ../nbs/22_profile.ipynb #c443d6dd
+# %% ../nbs/22_profile.ipynb #8f52cde9
 def limit_table(
     rec:dict, # With `rows` and `limits`
 )->list: # One dict a case: seconds at the limit, shares
@@ -238,7 +238,7 @@ def limit_table(
                         starts=r['starts'], peak_bytes=r['peak_bytes']))
     return res
 
-# %% ../nbs/22_profile.ipynb #500a1af9
+# %% ../nbs/22_profile.ipynb #169992ba
 def gpu_cases(
     batch:int=128, # Images a step
 )->list: # of `Case`s
@@ -253,7 +253,7 @@ def gpu_cases(
             case('T2T-ViT-14, all of it', model='t2t_vit_14', mode='reduce-overhead'),
             case('CvT-13, all of it', model='cvt_13_gap', mode='reduce-overhead')]
 
-# %% ../nbs/22_profile.ipynb #f1d5b98c
+# %% ../nbs/22_profile.ipynb #336ae2a9
 def profile_cases(
     cases:list, # of `Case`s
     device:str='cuda', # Where
@@ -277,7 +277,7 @@ def _serve(case, device):
     print(json.dumps(run.facts), flush=True)
     for line in sys.stdin: print(json.dumps(profile_run(run, int(line))), flush=True)
 
-# %% ../nbs/22_profile.ipynb #169992ba
+# %% ../nbs/22_profile.ipynb #7da9622f
 def _line(r):
     "A row of the record as text"
     if 'error' in r: return f"{r['name']}: {r['error']}"
