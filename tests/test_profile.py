@@ -1,5 +1,6 @@
 "A step taken apart: names of kernels, traces, sums, arithmetic, the record"
-import json, os
+import io, json, os
+from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -115,9 +116,20 @@ def test_a_step_on_the_cpu(run):
     assert sum(groups.values())==pytest.approx(r['busy_s'], rel=1e-6)
     assert sum(o['count'] for o in r['rows'] if o['name']=='aten::_fused_adamw_')>=1
 
-def test_idle_time_is_never_negative(run, monkeypatch):
-    monkeypatch.setattr(profile, 'trace_steps', lambda *a: [('nvjet_a', 0., 1000.)])
-    assert profile_step(run, 'eager side', 1)['idle_s']==0
+def on_gpu(wall): return SimpleNamespace(device=torch.device('cuda'), case=tiny, block=lambda arm, n: wall)
+
+def test_a_step_on_a_gpu(monkeypatch):
+    "Its length is measured without the profiler; idle time is never negative"
+    monkeypatch.setattr(profile, 'trace_steps', lambda run, arm, n: [('nvjet_a', .5*i, .3) for i in range(n)])
+    r = profile_step(on_gpu(1.), 'eager side', 4)
+    assert (r['wall_s'],r['busy_s'],r['idle_s'])==pytest.approx((1.,.3,.7)) and r['rows'][0]['seconds']==pytest.approx(.3)
+    assert profile_step(on_gpu(.2), 'eager side', 4)['idle_s']==0
+
+def test_on_a_cpu_the_profile_is_stretched_to_the_step(run, monkeypatch):
+    "The profiler slows everything down there: 3 of 4 seconds busy are three quarters of a step"
+    monkeypatch.setattr(profile, 'trace_steps', lambda *a: [('aten::mm', 0., 1.),('aten::add', 2., 2.)])
+    r = profile_step(run, 'eager side', 1)
+    assert (r['busy_s']/r['wall_s'],r['idle_s']/r['wall_s'])==pytest.approx((.75,.25))
 
 def test_a_profiler_that_sees_nothing_is_an_error(run, monkeypatch):
     monkeypatch.setattr(profile, 'trace_steps', lambda *a: [])
@@ -201,11 +213,18 @@ def test_cases_are_what_they_say():
     assert all(c.model in list_models() or c.model.startswith('timm:') for c in cases+TRY)
     assert {c.model for c in cases if c.mode=='reduce-overhead'}=={'swin_t','t2t_vit_14','cvt_13_gap'}
 
-def test_a_failing_case_costs_its_row_alone():
-    rows = list(profile_cases([tiny, Case('profile', 'bad', model='no_such', arms=('eager',))], 'cpu', 1, say=lambda s: None))
-    by = {r['name']:r for r in rows}
-    assert "unknown model 'no_such'" in by['bad']['error'] and by['tiny']['flop']>0
-    assert set(by['tiny']['groups'])==set(GROUPS) and len(by['tiny']['kernels'])==12 and by['tiny']['arm']=='eager side'
+def test_a_case_that_cannot_start():
+    "The command of a process of its own; what it said last is the row"
+    [r] = profile_cases([Case('profile', 'bad', model='no_such', arms=('eager',))], 'cpu', 1, say=lambda s: None)
+    assert r['name']=='bad' and "unknown model 'no_such'" in r['error']
+
+def test_a_process_answers_with_its_profile(monkeypatch, capsys):
+    "First that it is ready, then a profile for each line"
+    monkeypatch.setattr('sys.stdin', io.StringIO('1\n'))
+    profile._serve(tiny, 'cpu')
+    facts,row = map(json.loads, capsys.readouterr().out.splitlines())
+    assert facts['eager side']['first_step_s']>0
+    assert set(row['groups'])==set(GROUPS) and len(row['kernels'])==12 and row['arm']=='eager side' and row['flop']>0 and row['batch']==2
 
 def test_a_process_that_dies_while_it_is_profiled(monkeypatch):
     "Its row is the error, the next case is profiled"

@@ -23,21 +23,26 @@ from fastcore.script import call_parse
 from .pairs import gather_pairs
 from .hybrid import as_backbone
 from .compare import _circumstances
-import vt_drloc.speed                                        # its operations have formulas below
+import vt_drloc.speed # registers the operations that have formulas below
 from .bench import Case, Steps, Worker, _ready, _steps, _switches, _write
 
 # %% ../nbs/22_profile.ipynb #ac8686d3
-GROUPS = ('matrix products','attention','convolution','pointwise','side task','optimizer','copies','other')
-_rules = [(g, re.compile(r, re.I)) for g,r in (
-    ('side task',       r'_pairs_(for|back)ward|vt_drloc::pair_losses'),
-    ('pointwise',       r'^triton_(poi|per|red|for)_'),
-    ('attention',       r'_window_(for|back)ward|vt_drloc::window|flash|fmha|sdpa|flex_attention|scaled_dot_product'),
-    ('convolution',     r'conv(?!ert)|fprop|dgrad|wgrad|winograd|nchwToNhwc|nhwcToNchw'),
-    ('matrix products', r'gemm|gemv|nvjet|cutlass|splitK|^triton_(tem|mm|bmm)|^aten::(add|b|badd)?mm$'),
-    ('optimizer',       r'multi_tensor_apply|lpnorm|fused_adam|_foreach|^Optimizer'),
-    ('copies',          r'memcpy|memset|copy|CatArray|FillFunctor|roll_|im2col|col2im|^aten::(cat|clone|fill_|zero_|roll)$'),
-    ('pointwise',       r'elementwise|reduce|norm|softmax|GammaBeta|bn_[fb]w|index|gather|scatter|pool|nll_loss|gelu|relu|'
-                        r'^aten::(add|sub|mul|div|exp|pow|abs|sgn|where|clamp\w*|mean|sum|all|bernoulli|threshold\w*)_?$'))]
+GROUPS = ('matrix products','attention','convolution','pointwise',
+          'side task','optimizer','copies','other')
+_rules = [(g, re.compile(''.join(r), re.I)) for g,*r in (
+    ('side task', r'_pairs_(for|back)ward|vt_drloc::pair_losses'),
+    ('pointwise', r'^triton_(poi|per|red|for)_'),
+    ('attention', r'_window_(for|back)ward|vt_drloc::window|flash|fmha|sdpa|',
+                  r'flex_attention|scaled_dot_product'),
+    ('convolution', r'conv(?!ert)|fprop|dgrad|wgrad|winograd|nchwToNhwc|nhwcToNchw'),
+    ('matrix products', r'gemm|gemv|nvjet|cutlass|splitK|^triton_(tem|mm|bmm)|',
+                        r'^aten::(add|b|badd)?mm$'),
+    ('optimizer', r'multi_tensor_apply|lpnorm|fused_adam|_foreach|^Optimizer'),
+    ('copies', r'memcpy|memset|copy|CatArray|FillFunctor|roll_|im2col|col2im|',
+               r'^aten::(cat|clone|fill_|zero_|roll)$'),
+    ('pointwise', r'elementwise|reduce|norm|softmax|GammaBeta|bn_[fb]w|index|gather|',
+                  r'scatter|pool|nll_loss|gelu|relu|^aten::(add|sub|mul|div|exp|pow|abs|',
+                  r'sgn|where|clamp\w*|mean|sum|all|bernoulli|threshold\w*)_?$'))]
 
 def kernel_group(
     name:str, # Of a kernel on a GPU, or of an operation on the CPU
@@ -125,6 +130,9 @@ def profile_step(
     wall = median(run.block(arm, n) for _ in range(3))
     events = trace_steps(run, arm, n)
     if not events: raise RuntimeError(f"{run.case.name}: the profiler saw nothing; another profiler may be attached to this GPU")
+    if run.device.type=='cpu':
+        f = n*wall/max(s+d for _,s,d in events)
+        events = [(name, f*s, f*d) for name,s,d in events]
     res = add_up(events, n)
     return dict(wall_s=wall, idle_s=max(0., wall-res['busy_s']), **res)
 
@@ -142,7 +150,7 @@ def _window_back_flop(qkv, bias, dout, heads, s, *_, **kw): return 2*_window_flo
 @_formula(torch.ops.vt_drloc.pair_losses)
 def _pairs_flop(cells, pairs, w1, *_, **kw):
     (B,N,D),m,H = cells,pairs[1],w1[0]
-    first = N*D*2*H if N<=min(64, m) else m*2*D*H           # cells first or pairs first, as the kernels choose
+    first = 2*D*H*(N if N<=min(64, m) else m)   # cells or pairs first, as the kernels choose
     return 2*B*(first + m*H*2)
 
 @_formula(torch.ops.vt_drloc.pair_losses_backward)
