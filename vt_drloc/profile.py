@@ -276,6 +276,7 @@ def profile_cases(
         for w in ready:
             try: yield w.ask(str(n))
             except (RuntimeError,OSError) as e: yield dict(asdict(w.case), error=str(e))
+            finally: w.close()                      # its memory is free for the next
     finally:
         for w in workers: w.close()
 
