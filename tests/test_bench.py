@@ -1,10 +1,11 @@
 "The benchmark's processes: turns, failures, a Learner that waits, the rival"
 from importlib.util import find_spec
 import json, math, os, subprocess, sys, time
+from dataclasses import asdict
 import pytest, torch
 from vt_drloc import bench
 from vt_drloc.bench import *
-from vt_drloc.bench import Rival, _gpu_cases, _in_slots, _noise
+from vt_drloc.bench import Released, Rival, _gpu_cases, _in_slots, _noise
 from vt_drloc.models import MODELS, list_models
 
 tiny = dict(section='try', model='demo_cvt', size=32, precision='float32')
@@ -34,6 +35,22 @@ def test_the_rival_is_the_released_loop():
     assert isinstance(loss, float) and math.isfinite(loss)
     assert len(run.params)==len(list(run.model.parameters()))+len(list(run.drloc.parameters()))
     assert all(not torch.equal(p, q) for p,q in zip(run.params, before))
+
+@pytest.mark.parametrize('precision', ['float32','bf16'])
+def test_the_released_step_reads_its_loss_back(precision):
+    "The rival's step on a batch that lies ready"
+    run = Released(Case('try', 'released', model='timm:swin_tiny_patch4_window7_224', kind='released', batch=2, precision=precision, arms=('eager side',)), 'cpu')
+    before = [p.detach().clone() for p in run.params]
+    loss = run.step('eager side')
+    assert isinstance(loss, float) and math.isfinite(loss) and run.batch()[0] is run.x
+    assert all(not torch.equal(p, q) for p,q in zip(run.params, before))
+
+def test_the_waterfall_changes_one_thing_at_a_time():
+    "From the released step on, each bar differs from the one before in what its name says"
+    cases = [c for c in SECTIONS['speed'] if not c.name.startswith('beside')]
+    changed = [{k for k,v in asdict(b).items() if v!=asdict(a)[k]}-{'name'} for a,b in zip(cases, cases[1:])]
+    assert changed==[{'precision'},{'kind'},{'model'},{'arms'},{'attention'},{'skip'},{'mode'},{'batch'}]
+    assert all(len(c.arms)==1 and c.arms[0].endswith(' side') for c in SECTIONS['speed']) and cases[0].kind=='released' and cases[0].model.startswith('timm:')
 
 def test_side_task_is_in_the_step():
     "With it the MLP moves, without it does not"

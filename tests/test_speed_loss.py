@@ -146,8 +146,8 @@ def build(kernel, low, **fixed):
     code = ASTSource(kernel, sig, constexprs={(names.index(k),):v for k,v in fixed.items()})
     return triton.compile(code, target=GPUTarget('cuda', 90, 32)).asm['ptx']
 for cells in (True,False):
-    assert '.entry _forward' in build(s._forward, True, H=512, BH=128, BM=16, CELLS=cells)
-    for low in (True,False): assert '.entry _backward' in build(s._backward, low, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low)
+    assert '.entry _pairs_forward' in build(s._pairs_forward, True, H=512, BH=128, BM=16, CELLS=cells)
+    for low in (True,False): assert '.entry _pairs_backward' in build(s._pairs_backward, low, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low)
 print('done')'''
 
 @kernels

@@ -45,8 +45,8 @@ def _weights(q, k, bias, scale, PREC: tl.constexpr):
 
 # %% ../nbs/21_speed.ipynb #649a4586
 @jit
-def _forward(qkv, bias, out, B, H, W, scale, HEADS: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-             N: tl.constexpr, P: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr, PREC: tl.constexpr):
+def _window_forward(qkv, bias, out, B, H, W, scale, HEADS: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+                    N: tl.constexpr, P: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr, PREC: tl.constexpr):
     "One window and head of every n-th image"
     win,head = tl.program_id(0)//HEADS,tl.program_id(0)%HEADS
     cell,region,inside = _cells(win, H, W, SR, SC, S, N, P)
@@ -63,8 +63,8 @@ def _forward(qkv, bias, out, B, H, W, scale, HEADS: tl.constexpr, D: tl.constexp
 
 # %% ../nbs/21_speed.ipynb #ec740444
 @jit
-def _backward(qkv, bias, dout, dqkv, dbias, B, H, W, scale, HEADS: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-              N: tl.constexpr, P: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr, PREC: tl.constexpr):
+def _window_backward(qkv, bias, dout, dqkv, dbias, B, H, W, scale, HEADS: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+                     N: tl.constexpr, P: tl.constexpr, SR: tl.constexpr, SC: tl.constexpr, PREC: tl.constexpr):
     "Gradients of one window and head of every n-th image; one partial sum of the bias's"
     win,head = tl.program_id(0)//HEADS,tl.program_id(0)%HEADS
     cell,region,inside = _cells(win, H, W, SR, SC, S, N, P)
@@ -105,7 +105,7 @@ def _attention(qkv:torch.Tensor, bias:torch.Tensor, heads:int, s:int, sr:int, sc
     qkv,bias = qkv.contiguous(),bias.contiguous()
     B,H,W,D = qkv.shape
     out = qkv.new_empty(B, H, W, D//3)
-    _forward[_grid(qkv, heads, s, 2112)](qkv, bias, out, B, H, W, (D//heads//3)**-.5, **_sizes(qkv, heads, s, sr, sc))
+    _window_forward[_grid(qkv, heads, s, 2112)](qkv, bias, out, B, H, W, (D//heads//3)**-.5, **_sizes(qkv, heads, s, sr, sc))
     return out
 
 @torch.library.custom_op('vt_drloc::window_attention_backward', mutates_args=())
@@ -115,7 +115,7 @@ def _attention_backward(qkv:torch.Tensor, bias:torch.Tensor, dout:torch.Tensor, 
     B,H,W,D = qkv.shape
     n,share = _grid(qkv, heads, s, 1056)
     dqkv,parts = torch.empty_like(qkv),qkv.new_empty(n//heads*share, heads, s*s, s*s, dtype=torch.float32)
-    _backward[n,share](qkv, bias, dout, dqkv, parts, B, H, W, (D//heads//3)**-.5, **_sizes(qkv, heads, s, sr, sc))
+    _window_backward[n,share](qkv, bias, dout, dqkv, parts, B, H, W, (D//heads//3)**-.5, **_sizes(qkv, heads, s, sr, sc))
     return dqkv,parts.sum(0).to(bias.dtype)
 
 # %% ../nbs/21_speed.ipynb #bb91fac0

@@ -50,8 +50,8 @@ def _hidden(pre, b1, b, i, j, pair, ok, c, M, N, H: tl.constexpr, CELLS: tl.cons
 def _sign(x): return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
 
 @jit
-def _forward(pre, b1, w2, b2, pairs, error, sign, M, N, rows, cols,
-             H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, CELLS: tl.constexpr):
+def _pairs_forward(pre, b1, w2, b2, pairs, error, sign, M, N, rows, cols,
+                   H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, CELLS: tl.constexpr):
     "|d_u - t_u| + |d_v - t_v| of some pairs of an image, and both signs"
     b,pair,zero = tl.program_id(0).to(tl.int64),tl.program_id(1)*BM + tl.arange(0, BM),tl.zeros((BM,), tl.float32)
     i,j,ok,inside = _cells_of(pairs, b, pair, M, N)
@@ -82,8 +82,8 @@ def _spread(one, dh, LOW: tl.constexpr):
 
 # %% ../nbs/21_speed_loss.ipynb #6c8c739c
 @jit
-def _backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, H: tl.constexpr, BH: tl.constexpr,
-              BM: tl.constexpr, NB: tl.constexpr, CELLS: tl.constexpr, LOW: tl.constexpr):
+def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, H: tl.constexpr, BH: tl.constexpr,
+                    BM: tl.constexpr, NB: tl.constexpr, CELLS: tl.constexpr, LOW: tl.constexpr):
     "Gradients of BH hidden units of an image, and its share of those of biases and second layer"
     b,c,n = tl.program_id(0).to(tl.int64),tl.program_id(1)*BH + tl.arange(0, BH),tl.arange(0, NB)
     wu,wv = tl.load(w2 + c),tl.load(w2 + H + c)
@@ -146,7 +146,7 @@ def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Te
         x,w,_ = _rows(cells, pairs, w1)
         pre,(B,m,_) = _times(x, w),pairs.shape
     error,sign,sizes = pre.new_empty(B, m),pre.new_empty(B, m, 2),_sizes(cells, pairs, len(b1), 128)
-    _forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **sizes)
+    _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **sizes)
     return error,sign,pre
 
 @torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
@@ -156,8 +156,8 @@ def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1
     x,w,at = _rows(cells, pairs, w1)
     dpre,parts = torch.empty_like(pre, dtype=x.dtype),pre.new_empty(B, 3*len(b1)+2)
     least = lambda n: max(16, triton.next_power_of_2(n))
-    _backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, NB=least(N) if s['CELLS'] else 16,
-                                 BM=min(32 if s['CELLS'] else 64, least(m)), LOW=x.dtype==torch.bfloat16 and x.is_cuda, **s)
+    _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, NB=least(N) if s['CELLS'] else 16,
+                                       BM=min(32 if s['CELLS'] else 64, least(m)), LOW=x.dtype==torch.bfloat16 and x.is_cuda, **s)
     with torch.autocast(cells.device.type, enabled=False): dx,dw = _times_back(dpre, x, w)
     if s['CELLS']: dw = dw.view(2, -1, D).transpose(0, 1)
     else: dx = pre.new_zeros(B*N, D).index_add_(0, at, dx.view(-1, D).float()).to(cells.dtype)
