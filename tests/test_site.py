@@ -280,18 +280,26 @@ def test_first_screen(browser, width, height):
     w.close()
 
 def test_measured_line_is_that_of_the_records(site):
+    "Gain, interval and verdict of each small network, recomputed from the records"
     import numpy as np
     from scipy import stats
     from vt_drloc.train import read_records
-    recs = [r for r in read_records(root/'nbs/results/runs') if r['data']['name'] == 'cifar10' and r['recipe']['model'] == 'cvt_mini']
-    arm = lambda a: np.array([r['final']['accuracy']*100 for r in sorted(recs, key=lambda r: r['recipe']['seed']) if r['recipe']['drloc'] == a])
-    gain = arm('paper') - arm('none')
+    recs = [r for r in read_records(root/'nbs/results/runs') if r['data']['name'] == 'cifar10' and r['recipe']['tfms'] == 'paper' and not r['recipe']['control'] and r['recipe']['share'] == 1 and r['status'] == 'complete']
     text = re.sub(r'\s+', ' ', re.sub(r'<[^>]+>', '', read(site/'index.html')))
-    assert f"{len(gain)} seeds: {arm('none').mean():.2f} % without, {arm('paper').mean():.2f} % with it" in text
-    assert f'Gain {gain.mean():.2f} points' in text
-    lo, hi = map(float, re.search(r'95 % interval (\S+) to (\S+): undecided', text).groups())
-    half = stats.t.ppf(.975, len(gain)-1)*gain.std(ddof=1)/len(gain)**.5
-    assert [lo, hi] == pytest.approx([gain.mean()-half, gain.mean()+half], abs=.006) and lo < 0 < hi, 'rounding hides on which side of zero it ends'
+    seen = {}
+    for model, name in dict(swin_mini='Swin', t2t_mini='T2T', cvt_13_gap_mini='CvT').items():
+        arm = lambda a: np.array([r['final']['accuracy']*100 for r in sorted(recs, key=lambda r: r['recipe']['seed']) if r['recipe']['model'] == model and r['recipe']['drloc'] == a])
+        without, given = arm('none'), arm('paper')
+        line = re.search(name + r'(?: gains)? (-?[\d.]+)(?: points, 95 % interval (\S+) to (\S+))? \(([\w ]+)\)', text)
+        if min(len(without), len(given)) < 3: assert not line; continue
+        gain = given - without
+        half = stats.t.ppf(.975, len(gain)-1)*gain.std(ddof=1)/len(gain)**.5
+        assert float(line[1]) == pytest.approx(gain.mean(), abs=.006) and (line[4] == 'holds') == (gain.mean() > half) and f'{len(gain)} seeds' in text
+        row = re.search(rf'{model} ?{without.mean():.2f} ?{given.mean():.2f} ?{gain.mean():.2f} ?(-?[\d.]+) to (-?[\d.]+?) ?{len(gain)} ?{line[4]}', text)
+        assert row, 'the table below'
+        assert [*map(float, row.groups())] == pytest.approx([gain.mean()-half, gain.mean()+half], abs=.006)
+        seen[model] = line[2] and (float(line[2]), float(line[3])) == tuple(map(float, row.groups()))
+    assert seen['swin_mini'], 'the first of the plan has its interval in the first screen'
 
 
 # ---- the guessing game
