@@ -161,6 +161,31 @@ def test_estimate(tmp_path):
     assert r.expected(r.runs[0]) == 5. and r.expected(r.runs[2]) == 35+2*5
     assert r.ends_in() == 5+45
 
+def test_estimate_of_one_that_need_not_compile(tmp_path):
+    "The first of a kind took 200 s to its first epoch, the second 20 s: the third is expected to start like the second"
+    r = FakeRunner(plan_of(tmp_path, 6), tmp_path/'out', gpus=1, beside=2)
+    (tmp_path/'out').mkdir()
+    a,b,c = [o for o in r.runs if o.kind==r.runs[0].kind][:3]
+    def starts(o, began, wall):
+        o.state,o.began = 'running',began
+        (tmp_path/'out'/f'{o.name}.json').write_text(json.dumps(dict(epochs=[dict(wall_s=wall), dict(wall_s=wall+5)])))
+    starts(a, 1., 200.)
+    assert r.expected(c) == 200+15 + 5*(c.recipe.epochs-1)
+    starts(b, 2., 20.)
+    assert r.expected(c) == 20+15 + 5*(c.recipe.epochs-1)
+
+def test_who_compiles_has_a_share_of_the_cores(tmp_path):
+    "Among those that can compile at once: the kinds of the plan, or the places if they are fewer; the others need one process"
+    runs = plan_of(tmp_path, 6, ' --compile')
+    for beside,share in ((6, 16),(1, 32)):
+        r = Runner(runs, tmp_path/'o', gpus=1, beside=beside)
+        r.cores = list(range(32))
+        assert {o.kind for o in runs} == {runs[0].kind, runs[1].kind} and r.compilers(runs[0]) == share
+    (tmp_path/'o').mkdir()
+    (tmp_path/'o'/f'{runs[0].name}.json').write_text(json.dumps(dict(epochs=[dict(wall_s=1.)])))
+    runs[0].state,runs[0].began = 'running',1.
+    assert [r.compilers(o) for o in runs[1:3]] == [32, 1]
+
 def test_real_commands(tmp_path):
     "What is started for a run on a GPU, and on the CPU"
     runs = plan_of(tmp_path)

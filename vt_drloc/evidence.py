@@ -160,6 +160,12 @@ def leads(self:Runner, run)->bool:
     return run.recipe.compile and not any(o.kind==run.kind and o is not run and self.epochs(o) for o in self.having('running','done') if o.began)
 
 @patch
+def compilers(self:Runner, run)->int:
+    "Processes that compile a run's kernels: a share of the cores for who leads, one for the others"
+    at_once = min(len({r.kind for r in self.runs}), len(self.places))
+    return max(1, len(self.cores)//at_once) if self.leads(run) else 1
+
+@patch
 def epochs(self:Runner, run)->list:
     "The epochs of a run that are through"
     return (self.record(run) or {}).get('epochs', []) if run.began else []
@@ -177,7 +183,8 @@ def pace(self:Runner, run)->tuple: # seconds before its second epoch, seconds an
 def expected(self:Runner, run)->float: # `None`: nothing to go by yet
     "Seconds that a run still needs"
     alike = [run] if run.began else []
-    for same in (lambda o: o.kind==run.kind, lambda o: o.recipe.model==run.recipe.model, lambda o: True): alike += [o for o in self.runs if o.began and same(o)]
+    alike += sorted([o for o in self.runs if o.began and o.kind==run.kind], key=lambda o: -o.began)   # the latest first: it need not compile
+    for same in (lambda o: o.recipe.model==run.recipe.model, lambda o: True): alike += [o for o in self.runs if o.began and same(o)]
     start,epoch = next((p for o in alike if (p := self.pace(o))), (None,None))
     if start is None: return None
     done = len(self.epochs(run))
@@ -217,8 +224,7 @@ def launch(self:Runner, run):
     run.slot = min((p for p in self.places if p not in taken), key=load)
     (self.out/'logs').mkdir(parents=True, exist_ok=True)
     (self.out/f'{run.name}.json').unlink(missing_ok=True)          # of an earlier try that was cut short
-    threads = max(1, len(self.cores)//max(len({r.kind for r in self.runs}), 1)) if self.leads(run) else 1
-    env = dict(os.environ, OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS=str(threads), CUDA_VISIBLE_DEVICES=run.slot[0] if self.gpus else '')
+    env = dict(os.environ, OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS=str(self.compilers(run)), CUDA_VISIBLE_DEVICES=run.slot[0] if self.gpus else '')
     cmd,run.state,run.began = self.command(run),'running',time.monotonic()
     with open(self.out/'logs'/f'{run.name}.log', 'w') as log: run.proc = subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, env=env)
 
