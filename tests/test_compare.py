@@ -55,7 +55,8 @@ def test_published(name):
     ('vit_base_16', lambda: compare._timm('vit_base_patch16_224', 1000))])
 def test_same_counts_as_the_other_package(ours, theirs):
     "The same architecture of another package has the same parameters and multiply-adds"
-    c,other = costs(ours),theirs()
+    c = costs(ours)
+    with torch.device('meta'): other = theirs()                              # shapes alone are counted
     assert sum(p.numel() for p in other.parameters()) == c['params']
     assert sum(multiply_adds(other, 224).values()) == c['macs']
 
