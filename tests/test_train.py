@@ -92,10 +92,10 @@ def test_fused_adamw_keeps_groups_and_marks():
 # --- records
 
 def test_record_of_a_complete_run(tmp_path):
-    r = Recipe(**{**vars(small), 'drloc':'paper', 'bs':256, 'share':1.})
+    r = Recipe(**{**vars(small), 'drloc':'paper'})
     train(r, out=tmp_path, bar=False, device='cpu')
     rec = json.loads((tmp_path/f'{run_name(r)}.json').read_text())
-    assert rec['status']=='complete' and len(rec['epochs'])==2 and rec['recipe']['seed']==0 and rec['data']['n_train']==1437
+    assert rec['status']=='complete' and len(rec['epochs'])==2 and rec['recipe']['seed']==0 and rec['data']['n_train']==287
     assert rec['final']['accuracy']==rec['epochs'][-1]['accuracy'] and rec['versions']['torch']==torch.__version__
     for e in rec['epochs']:
         assert {'train_loss','valid_loss','accuracy','ce','drloc','lambda','lr','images_per_s','wall_s'} <= set(e)
