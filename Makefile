@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat settings.ini pyproject.toml setup.py constraints.txt | cksum | cut -d' ' -f1)
 SCRATCH := .check
 export OMP_NUM_THREADS ?= 1
+# what Python compiles is kept, even where the shell says not to: without it each worker, notebook and child compiles PyTorch's source anew, 13 s
+unexport PYTHONDONTWRITEBYTECODE
 SECTION ?= speed
 # without a GPU the Triton kernels are tested in Triton's interpreter, which has to be chosen before Triton is imported
 ifeq ($(shell command -v nvidia-smi),)

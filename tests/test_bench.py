@@ -184,7 +184,7 @@ def test_goals_of_quality(accs, seconds, first, ok):
     assert tuple(g['met'] for g in quality_goals(dict(rows=rows)))==ok
 
 def test_a_plan_runs_and_writes(tmp_path):
-    r = run_plan('try', seed=1, device='cpu', file=tmp_path/'a.json', epochs=2)
+    r = run_plan('try', seed=1, device='cpu', file=tmp_path/'a.json', epochs=2, share=.2)
     assert json.loads((tmp_path/'a.json').read_text())==json.loads(json.dumps(r)) and r['status']=='complete' and len(r['epochs'])==2
     assert r['recipe']['seed']==1 and r['recipe']['drloc']=='paper' and r['epochs'][-1]['drloc']>0
     assert r['seconds']+r['compile_s']==pytest.approx(r['epochs'][-1]['wall_s']) and r['n_valid']==360

@@ -42,20 +42,19 @@ def test_counting_leaves_the_model_as_it_was():
     assert m.training and all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
     assert all(p.grad is None for p in m.parameters())
 
+theirs = dict(swin_t=lambda: compare._torchvision('swin_t', 1000), resnet50=lambda: compare._torchvision('resnet50', 1000),
+              cvt_13=lambda: compare._transformers_cvt('cvt-13', 1000), vit_base_16=lambda: compare._timm('vit_base_patch16_224', 1000))
+
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published(name):
-    "Parameters to 0.06 M, multiply-adds to the published rounding; CvT's to 0.07 G, ViT-B's parameters to 1 M"
+    """Parameters to 0.06 M, multiply-adds to the published rounding; CvT's to 0.07 G, ViT-B's parameters to 1 M.
+    The same architecture of another package has the same parameters and multiply-adds"""
     c,(params,macs) = costs(name),PUBLISHED[name]
     assert c['params']/1e6 == pytest.approx(params, abs=1 if name=='vit_base_16' else .06)
     assert c['macs']/1e9 == pytest.approx(macs, abs=.07 if name=='cvt_13' else .05)
     assert c['macs'] == sum(c[f'macs_{k}'] for k in ('conv','linear','attention'))
-
-@pytest.mark.parametrize('ours,theirs', [('swin_t', lambda: compare._torchvision('swin_t', 1000)),
-    ('resnet50', lambda: compare._torchvision('resnet50', 1000)), ('cvt_13', lambda: compare._transformers_cvt('cvt-13', 1000)),
-    ('vit_base_16', lambda: compare._timm('vit_base_patch16_224', 1000))])
-def test_same_counts_as_the_other_package(ours, theirs):
-    "The same architecture of another package has the same parameters and multiply-adds"
-    c,other = costs(ours),theirs()
+    if name not in theirs: return
+    with torch.device('meta'): other = theirs[name]()                        # only shapes are counted
     assert sum(p.numel() for p in other.parameters()) == c['params']
     assert sum(multiply_adds(other, 224).values()) == c['macs']
 

@@ -367,24 +367,17 @@ def test_classification_reaches_the_final_cells_only_by_pooling():
 @both
 @pytest.mark.parametrize('train', [False,True])
 def test_compile_fullgraph(build, train):
-    "Two stages of one block: each block more takes a second to trace, and the same lines"
-    two = {k: v[:2] for k,v in tiny.items()} | dict(depths=(1,1), **(dict(paddings=(2,1)) if build is CvTToken else {}))
+    "Two stages of one block, with drop path in training: each block more takes a second to trace, and the same lines"
+    own = dict(paddings=(2,1), depths=(1,1+train)) if build is CvTToken else dict(depths=(1,1))     # its drop path begins with the last stage's second block
+    two = {k: v[:2] for k,v in tiny.items()} | dict(drop_path=.5, **own)
     a,b = (small(build, **two).train(train) for _ in range(2))
-    x = torch.randn(2,3,16,24)
-    y,z = a(x),torch.compile(b, fullgraph=True, backend='aot_eager')(x)
+    x = torch.randn(4,3,16,24)
+    torch.manual_seed(1); y = a(x)
+    torch.manual_seed(1); z = torch.compile(b, fullgraph=True, backend='aot_eager')(x)
     torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)
     y.square().sum().backward(); z.square().sum().backward()
     for (n,p),q in zip(a.named_parameters(), b.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=n)
     for (n,p),q in zip(a.named_buffers(), b.buffers()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=n)
-
-@both
-def test_compile_fullgraph_with_drop_path(build):
-    kw = dict(paddings=(1,)) if build is CvTToken else {}
-    m = build(dims=(8,), depths=(2,), heads=(2,), kernels=(3,), strides=(4,), kv_strides=(2,), drop_path=.5, **kw)
-    m = torch.compile(m.train(), fullgraph=True, backend='aot_eager')
-    y = m(torch.randn(2,3,32,32))
-    y.sum().backward()
-    assert y.isfinite().all()
 
 @pytest.mark.parametrize('build', minis)
 def test_bf16_autocast(build):

@@ -4,6 +4,7 @@ import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18, swin_t as tv_swin_t, swin_v2_t
+from torchvision.models.swin_transformer import SwinTransformer
 from hypothesis import given, settings, strategies as st
 from vt_drloc.attention import Attention
 from vt_drloc.hybrid import as_backbone, features_to_grid
@@ -36,21 +37,32 @@ def photo(H, W, B=1, dtype=torch.float): return torch.randn(B, 3, H, W, generato
 def tv_grid(m, x): return m.norm(m.features(x))
 def timm_grid(m, x): return m.forward_features(x)
 
+def timm_swin(**kw): return timm.create_model('swin_tiny_patch4_window7_224', num_classes=7, **kw)
+
+def beside(ours, tv, tm):
+    "Per package: its network and ours, made by `ours`, with its weights"
+    tv,tm = scrambled(tv, 1),scrambled(tm, 2)
+    one,two = ours().eval(),ours().eval()
+    one.load_state_dict(swin_from_torchvision(tv.state_dict()), strict=True)
+    two.load_state_dict(swin_from_timm(tm.state_dict()), strict=True)
+    return dict(torchvision=(one,tv,tv_grid), timm=(two,tm,timm_grid))
+
 @pytest.fixture(scope='module')
-def pairs():
-    "Per package: its Swin-T and ours with its weights"
-    tv = scrambled(tv_swin_t(num_classes=7), 1)
-    tm = scrambled(timm.create_model('swin_tiny_patch4_window7_224', num_classes=7), 2)
-    ours = [swin_t(7).eval() for _ in range(2)]
-    ours[0].load_state_dict(swin_from_torchvision(tv.state_dict()), strict=True)
-    ours[1].load_state_dict(swin_from_timm(tm.state_dict()), strict=True)
-    return dict(torchvision=(ours[0],tv,tv_grid), timm=(ours[1],tm,timm_grid))
+def pairs(): return beside(lambda: swin_t(7), tv_swin_t(num_classes=7), timm_swin())
+
+narrow = dict(depths=(2,2,2,2), num_heads=(1,2,4,8))                        # heads of 16 numbers
+
+@pytest.fixture(scope='module')
+def narrow_pairs():
+    "Swin-T's four grids and windows in a narrow network: what the size of an image changes needs no width"
+    return beside(lambda: swin_t(7, dims=(16,32,64,128), depths=(2,2,2,2), heads=(1,2,4,8)),
+                  SwinTransformer([4,4], 16, [2,2,2,2], [1,2,4,8], [7,7], num_classes=7), timm_swin(embed_dim=16, **narrow))
 
 def of_size(pair, H, W, dtype):
     "The pair in another precision; timm's is built for one size"
     ours,theirs,grid = pair
     if isinstance(theirs, timm.models.swin_transformer.SwinTransformer) and (H,W)!=(224,224):
-        sized = timm.create_model('swin_tiny_patch4_window7_224', num_classes=7, img_size=(H,W)).eval()
+        sized = timm_swin(img_size=(H,W), **(dict(embed_dim=16, **narrow) if theirs.num_features==128 else {})).eval()
         sized.load_state_dict(theirs.state_dict())
         theirs = sized
     return ours.to(dtype),theirs.to(dtype),grid
@@ -97,21 +109,21 @@ def test_exact_at_224(pairs, package, dtype):
 
 @pytest.mark.parametrize('package', ['torchvision','timm'])
 @pytest.mark.parametrize('H,W', [(224,448),(448,448)])
-def test_exact_at_multiples_of_224(pairs, package, H, W):
-    check_forward(pairs[package], H, W, torch.double)
+def test_exact_at_multiples_of_224(narrow_pairs, package, H, W):
+    check_forward(narrow_pairs[package], H, W, torch.double)
 
-def test_exact_gradients_where_one_axis_is_one_window(pairs):
-    for package in pairs: check_gradients(pairs[package], package, 224, 448, torch.double)
+def test_exact_gradients_where_one_axis_is_one_window(narrow_pairs):
+    for package,pair in narrow_pairs.items(): check_gradients(pair, package, 224, 448, torch.double)
 
 @pytest.mark.parametrize('H,W', [(96,128),(128,128),(32,96)])
-def test_pads_like_torchvision(pairs, H, W):
+def test_pads_like_torchvision(narrow_pairs, H, W):
     "Also where a grid is smaller than a window"
-    for dtype in (torch.float,torch.double): check_forward(pairs['torchvision'], H, W, dtype)
-    check_gradients(pairs['torchvision'], 'torchvision', H, W, torch.double)
+    for dtype in (torch.float,torch.double): check_forward(narrow_pairs['torchvision'], H, W, dtype)
+    check_gradients(narrow_pairs['torchvision'], 'torchvision', H, W, torch.double)
 
-def test_timm_pads_otherwise(pairs):
+def test_timm_pads_otherwise(narrow_pairs):
     "The page says that timm computes something else there; this fails on the day it no longer does"
-    ours,theirs,_ = of_size(pairs['timm'], 256, 256, torch.double)
+    ours,theirs,_ = of_size(narrow_pairs['timm'], 256, 256, torch.double)
     x = photo(256, 256, dtype=torch.double)
     with torch.no_grad(): assert gap(ours(x), theirs(x))>1e-3
 

@@ -10,7 +10,7 @@ from vt_drloc.models import create_model, load_model
 from vt_drloc.train import (DeviceRecorder, FusedAdamW, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
                             run_name, settings, side_task_error, train)
 
-small = Recipe(data='digits', model='demo_cvt', epochs=2, bs=256, warmup=0, mix=False, tfms='none')
+small = Recipe(data='digits', model='demo_cvt', epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
 
 class StopAt(Callback):
     order = 100
@@ -95,7 +95,7 @@ def test_record_of_a_complete_run(tmp_path):
     r = Recipe(**{**vars(small), 'drloc':'paper'})
     train(r, out=tmp_path, bar=False, device='cpu')
     rec = json.loads((tmp_path/f'{run_name(r)}.json').read_text())
-    assert rec['status']=='complete' and len(rec['epochs'])==2 and rec['recipe']['seed']==0 and rec['data']['n_train']==1437
+    assert rec['status']=='complete' and len(rec['epochs'])==2 and rec['recipe']['seed']==0 and rec['data']['n_train']==287
     assert rec['final']['accuracy']==rec['epochs'][-1]['accuracy'] and rec['versions']['torch']==torch.__version__
     for e in rec['epochs']:
         assert {'train_loss','valid_loss','accuracy','ce','drloc','lambda','lr','images_per_s','wall_s'} <= set(e)
@@ -210,9 +210,9 @@ def test_committed_records_keep_their_names():
 def test_another_recipe_is_not_written_over(tmp_path):
     train(small, out=tmp_path, bar=False, device='cpu')
     before = (tmp_path/f'{run_name(small)}.json').read_text()
-    with pytest.raises(ValueError, match='bs=256, now 128.*--name'): train(Recipe(**{**vars(small), 'bs':128}), out=tmp_path, bar=False, device='cpu')
+    with pytest.raises(ValueError, match='bs=64, now 32.*--name'): train(Recipe(**{**vars(small), 'bs':32}), out=tmp_path, bar=False, device='cpu')
     assert (tmp_path/f'{run_name(small)}.json').read_text() == before
-    named = Recipe(**{**vars(small), 'bs':128, 'epochs':1, 'name':'half'})
+    named = Recipe(**{**vars(small), 'bs':32, 'epochs':1, 'name':'half'})
     train(named, out=tmp_path, bar=False, device='cpu')
     assert (tmp_path/'half.json').exists() and (tmp_path/'half.safetensors').exists()
 
@@ -225,7 +225,7 @@ def test_share_is_stratified_and_its_own():
     assert len(x) == 144 and max(abs(n-14.4) for n in y.bincount().tolist()) <= 1.
     assert torch.equal(x, x1) and not torch.equal(x, x2)
     with pytest.raises(ValueError, match='share=10'): Recipe(share=10).check()
-    with pytest.raises(ValueError, match='fewer than one batch'): build(Recipe(**{**vars(small), 'share':.1}), bar=False, device='cpu')
+    with pytest.raises(ValueError, match='fewer than one batch'): build(Recipe(**{**vars(small), 'bs':256, 'share':.1}), bar=False, device='cpu')
 
 def test_share_in_the_record(tmp_path):
     r = Recipe(**{**vars(small), 'bs':64, 'share':.1, 'epochs':1})
@@ -272,7 +272,7 @@ def test_position_leaves_no_trace(tmp_path):
         return learn.model.state_dict(),torch.rand(3),learn.drloc.generator.get_state(),[dl.rng.random() for dl in learn.dls]
     (w1,t1,g1,r1),(w2,t2,g2,r2) = run(),run(out=tmp_path, probe=2)
     assert all(torch.equal(w1[k], w2[k]) for k in w1) and torch.equal(t1, t2) and torch.equal(g1, g2) and r1==r2
-    rec = json.loads((tmp_path/'digits-demo_cvt-paper-s0.json').read_text())
+    rec = json.loads((tmp_path/'digits-demo_cvt-paper-share0.2-s0.json').read_text())
     assert rec['position'].keys() == {'side_task','probe','images','seconds'} and rec['position']['images'] == 180
     assert rec['epochs'][-1]['train_s'] <= rec['epochs'][-1]['wall_s'] <= rec['wall_s'] < rec['epochs'][-1]['wall_s']+.5
 
