@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from fastai.basics import Callback, CancelFitException, L, set_seed
 from vt_drloc.models import create_model, load_model
-from vt_drloc.train import (DeviceRecorder, FusedAdamW, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
+from vt_drloc.train import (DeviceRecorder, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
                             run_name, settings, side_task_error, train)
 
 small = Recipe(data='digits', model='demo_cvt', epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
@@ -98,7 +98,7 @@ def test_record_of_a_complete_run(tmp_path):
     assert rec['status']=='complete' and len(rec['epochs'])==2 and rec['recipe']['seed']==0 and rec['data']['n_train']==287
     assert rec['final']['accuracy']==rec['epochs'][-1]['accuracy'] and rec['versions']['torch']==torch.__version__
     for e in rec['epochs']:
-        assert {'train_loss','valid_loss','accuracy','ce','drloc','lambda','lr','images_per_s','wall_s'} <= set(e)
+        assert {'train_loss','valid_loss','accuracy','ce','drloc','lambda','lr','images_per_s','grad_norm','grad_norm_max','wall_s'} <= set(e)
         assert e['train_loss'] == pytest.approx(e['ce'] + e['lambda']*e['drloc'], rel=1e-5)
     assert str(Path.home()) not in json.dumps(rec)
     with safe_open(tmp_path/f'{run_name(r)}.safetensors', 'pt') as f: meta = f.metadata()
@@ -106,6 +106,30 @@ def test_record_of_a_complete_run(tmp_path):
     m = load_model(tmp_path/f'{run_name(r)}.safetensors')
     for k,v in load_file(tmp_path/f'{run_name(r)}.safetensors').items(): assert torch.equal(m.state_dict()[k], v)
     assert (tmp_path/f'{run_name(r)}.mlp.safetensors').exists() and not list(tmp_path.glob('*.tmp'))
+
+def test_gradient_norms_are_those_before_clipping(tmp_path):
+    "Against the norm that autograd left, at the noted steps alone; the clipping comes after, and half precision's factor is gone"
+    class See(Callback):
+        order,run_valid,seen = 0,False,[]
+        def before_step(self): self.seen.append(torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]).norm().item())
+    r = Recipe(**{**vars(small), 'drloc':'paper', 'clip':1e-3})
+    learn = build(r, out=tmp_path, bar=False, device='cpu')
+    learn.gradient_norms.every = 3
+    with learn.no_logging(): learn.fit(2, r.lr, cbs=See())
+    n,es = len(learn.dls.train),json.loads((tmp_path/f'{run_name(r)}.json').read_text())['epochs']
+    assert n==4 and len(See.seen)==8
+    for e,noted in zip(es, ([0,3],[6])):
+        want = [See.seen[i] for i in noted]
+        assert e['grad_norm']==pytest.approx(sum(want)/len(want), rel=1e-3) and e['grad_norm_max']==pytest.approx(max(want), rel=1e-3) and e['grad_norm'] > 1e-2
+
+def test_a_gradient_that_overflows_is_in_no_mean():
+    cb,norms = GradientNorms(1),[1., float('inf'), 3., float('nan')]
+    cb.noted = [torch.tensor(n) for n in norms]
+    cb.after_train()
+    assert cb.found == dict(grad_norm=2., grad_norm_max=3.)
+    cb.noted = [torch.tensor(float('nan'))]
+    cb.after_train()
+    assert cb.found == {}
 
 def test_record_says_when_a_run_was_cut_short(tmp_path):
     learn = build(small, out=tmp_path, bar=False, device='cpu')

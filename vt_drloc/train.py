@@ -6,10 +6,11 @@ Docs: https://SET_ME.github.io/vt_drloc/train.html.md"""
 
 # %% auto #0
 __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'DecayRule', 'FusedAdamW', 'DeviceRecorder', 'Fp16',
-           'precision_on', 'TensorCores', 'git_revision', 'circumstances', 'augmentation', 'RunRecord', 'KeepWeights',
-           'side_task_error', 'controls', 'some_images', 'grids', 'task_error', 'fit_probe', 'position_report',
-           'Position', 'run_name', 'PermutedTargets', 'DetachedFeatures', 'build', 'train', 'Settings', 'settings',
-           'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
+           'precision_on', 'TensorCores', 'GradientNorms', 'git_revision', 'circumstances', 'augmentation', 'RunRecord',
+           'KeepWeights', 'side_task_error', 'controls', 'some_images', 'grids', 'task_error', 'fit_probe',
+           'position_report', 'Position', 'run_name', 'PermutedTargets', 'DetachedFeatures', 'build', 'train',
+           'Settings', 'settings', 'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure',
+           'demo_report', 'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
 import contextlib, json, math, os, platform, subprocess, sys, time
@@ -241,6 +242,26 @@ class TensorCores(Callback):
         self.learn._drloc_undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision('high')
 
+# %% ../nbs/10_train.ipynb #6d1f0a32
+class GradientNorms(Callback):
+    "Notes the norm of the network's gradient before it is clipped; `found` is an epoch's mean and maximum"
+    order,run_valid,found = MixedPrecision.order+.2,False,{}
+    def __init__(self, every:int=5): store_attr()     # steps from one note to the next
+    def before_train(self): self.noted = []
+    def before_step(self):
+        if self.train_iter%self.every: return
+        self.noted.append(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+    def after_train(self):
+        norms = [n for n in torch.stack(self.noted).tolist() if math.isfinite(n)] if self.noted else []
+        self.found = dict(grad_norm=sum(norms)/len(norms), grad_norm_max=max(norms)) if norms else {}
+
+@progress.register
+def _(cb:GradientNorms): return dict(noted=cb.noted) if hasattr(cb, 'noted') else None
+@set_progress.register
+def _(cb:GradientNorms, state):
+    dev = next(cb.model.parameters()).device
+    cb.noted = [n.to(dev) for n in state['noted']]
+
 # %% ../nbs/10_train.ipynb #bcbbaf04
 def git_revision()->str: # 'unknown' outside a repository
     "Commit of the code that runs, with `-dirty` if files differ from it"
@@ -292,8 +313,9 @@ class RunRecord(Callback):
         names = [n for n in self.recorder.metric_names if n not in ('epoch','time')]
         row = {n: (float(v) if v is not None else None) for n,v in zip(names, self.learn.final_record)}
         n = len(self.dls.train)*self.dls.train.bs*world()
+        norms = {k: float(f'{v:.4g}') for k,v in getattr(getattr(self.learn, 'gradient_norms', None), 'found', {}).items()}
         self.rec['epochs'].append(dict(epoch=self.epoch, **row, lr=self.opt.hypers[-1]['lr'],
-            images_per_s=round(n/self.recorder.train_s, 1), train_s=round(self.recorder.train_s, 3), wall_s=round(time.perf_counter()-self.start, 2)))
+            images_per_s=round(n/self.recorder.train_s, 1), **norms, train_s=round(self.recorder.train_s, 3), wall_s=round(time.perf_counter()-self.start, 2)))
         self.write()
 
     def after_fit(self):
@@ -553,7 +575,7 @@ def _keep_share(dls, share, seed):
 # %% ../nbs/10_train.ipynb #bcb01a4a
 def _callbacks(r, device, weights, bar):
     "The callbacks that a checked recipe asks for, its side task apart"
-    cbs = [TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DecayRule(), ParamScheduler({'lr': r.lr_at}), StopOnNonFinite(checkpoint=weights)]
+    cbs = [TrainEvalCallback(), DeviceRecorder(), CastToTensor(), DecayRule(), GradientNorms(), ParamScheduler({'lr': r.lr_at}), StopOnNonFinite(checkpoint=weights)]
     if bar: cbs.append(ProgressCallback())
     if r.mix: cbs.append(MixupCutmix())
     if r.clip: cbs.append(GradientClip(r.clip))
