@@ -1,4 +1,4 @@
-# make train   see the idea at work: trains small networks on the CPU, in about four minutes
+# make train   see the idea at work: trains small networks on the CPU, in two to four minutes
 # make test    prove the code: exports, clean notebooks, every notebook run, pytest
 # make docs    the site, into _docs/ (pip alone); make readme: README.md from nbs/index.ipynb
 # make bench   one section of the benchmark on a GPU: make bench SECTION=speed ARGS='--rounds 30'; chapter 22 lists them

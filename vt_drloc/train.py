@@ -823,7 +823,7 @@ def demo_main(
     digit_epochs:int=10, # passes over the digits
     no_bar:bool=False, # without progress bars
 ):
-    "See the side task at work on a CPU, in about four minutes"
+    "See the side task at work on a CPU, in two to four minutes"
     start,bar,errors = time.perf_counter(),not no_bar,{}
     print('1. Is the task learnable? A small hybrid guesses how far apart two patches of a photo crop are.\n'
           '   Trained on one part of two photographs, judged on another.')
