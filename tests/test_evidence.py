@@ -248,6 +248,7 @@ def test_arm_in_words():
     words = lambda **kw: arm(rec(**kw)['recipe'])
     assert words() == 'without' and words(drloc='paper') == 'with L_drloc' and words(drloc='paper', lambda_drloc=.5) == 'with L_drloc'
     assert words(drloc='paper', lambda_drloc=.05) == 'with L_drloc, lambda=0.05' and words(drloc='paper', m=16) == 'with L_drloc, m=16'
+    assert words(drloc='paper', schedule='ramp_decay', lambda_drloc=1.75) == 'with L_drloc, ramp_decay, lambda=1.75'
     assert words(drloc='paper', control='permuted') == 'with L_drloc, permuted' and words(drloc='paper', variant='ce') == 'with L_drloc, ce'
     assert words(drloc='released') == 'with L_drloc, released'
     for r in read_records(): assert arm(r['recipe']) in ('without','with L_drloc') or r['recipe'].get('control') or 'variant' in r['recipe']

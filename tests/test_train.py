@@ -217,7 +217,7 @@ def test_names_of_runs():
     "Today's names stay, and what the question depends on is told"
     assert run_name(Recipe()) == 'cifar10-cvt_mini-none-s0' and run_name(Recipe(drloc='paper', seed=3)) == 'cifar10-cvt_mini-paper-s3'
     assert run_name(Recipe(model='swin_mini', drloc='paper', lambda_drloc=.5)) == 'cifar10-swin_mini-paper-s0'      # the paper's own weight
-    differ = dict(lambda_drloc=.05, m=16, pool='2x2', tfms='paper', control='permuted', share=.1, heldout=5000, laid_out=300, variant='ce', seed=1)
+    differ = dict(lambda_drloc=.05, m=16, pool='2x2', tfms='paper', control='permuted', schedule='cos', share=.1, heldout=5000, laid_out=300, variant='ce', seed=1)
     names = {run_name(Recipe(drloc='paper', **{k: v})) for k,v in differ.items()} | {run_name(Recipe(drloc='paper')), run_name(Recipe(drloc='paper', share=.1, share_seed=1))}
     assert len(names) == len(differ)+2
     assert run_name(Recipe(name='mine')) == 'mine'
@@ -280,6 +280,18 @@ def test_detached_features_train_the_mlp_alone():
     torch.testing.assert_close(loss, real(grid, generator=g()))
     loss.backward()
     assert grid.grad is None and all(p.grad.abs().sum()>0 for p in spoiled.parameters())
+
+def test_a_schedule_of_lambda_reaches_the_run(tmp_path):
+    "The paper's form with the released ramp: lambda of each epoch is that of the schedule; without a name it is the preset's"
+    r = Recipe(**{**vars(small), 'drloc':'paper', 'lambda_drloc':1.75, 'schedule':'ramp_decay', 'epochs':3})
+    train(r, out=tmp_path, bar=False, device='cpu')
+    es = json.loads((tmp_path/f'{run_name(r)}.json').read_text())['epochs']
+    assert [e['lambda'] for e in es] == pytest.approx([0., 1.75/20, 2*1.75/20])
+    learn = build(Recipe(**{**vars(small), 'drloc':'released', 'lambda_drloc':.5, 'schedule':'constant', 'epochs':2}), bar=False, device='cpu')
+    with learn.no_logging(): learn.fit(2, small.lr)
+    assert learn.drloc.lam == .5 and learn.drloc.loss_fn.preset == 'released'
+    with pytest.raises(ValueError, match='schedule.*without a side task'): Recipe(schedule='cos').check()
+    with pytest.raises(ValueError, match="'ramp'.*ramp_decay"): Recipe(drloc='paper', schedule='ramp').check()
 
 def test_controls_reach_the_run():
     for control,name in (('permuted','PermutedTargets'),('detached','DetachedFeatures')):

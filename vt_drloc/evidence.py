@@ -322,7 +322,7 @@ def arm(
     r = recipe
     if r['drloc']=='none': return 'without'
     own = Recipe(model=r['model'], drloc='paper').check().lambda_drloc
-    some = [r.get('variant', 'drloc').replace('drloc', ''), r.get('control') or '', f"m={r['m']}"*(r['m']!=64), f"lambda={r['lambda_drloc']:g}"*(r['lambda_drloc'] not in (None, own))]
+    some = [r.get('variant', 'drloc').replace('drloc', ''), r.get('control') or '', r.get('schedule') or '', f"m={r['m']}"*(r['m']!=64), f"lambda={r['lambda_drloc']:g}"*(r['lambda_drloc'] not in (None, own))]
     form = 'with L_drloc' if r['drloc']=='paper' else f"with L_drloc, {r['drloc']}"
     return ', '.join([form, *(s for s in some if s)])
 
