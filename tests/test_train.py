@@ -5,9 +5,9 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from fastai.basics import Callback, CancelFitException, L, set_seed
+from fastai.basics import Callback, CancelFitException, DataLoaders, L, Learner, set_seed
 from vt_drloc.models import create_model, load_model
-from vt_drloc.train import (DeviceRecorder, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
+from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
                             run_name, settings, side_task_error, train)
 
 small = Recipe(data='digits', model='demo_cvt', epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
@@ -108,7 +108,7 @@ def test_record_of_a_complete_run(tmp_path):
     assert (tmp_path/f'{run_name(r)}.mlp.safetensors').exists() and not list(tmp_path.glob('*.tmp'))
 
 def test_gradient_norms_are_those_before_clipping(tmp_path):
-    "Against the norm that autograd left, at the noted steps alone; the clipping comes after, and half precision's factor is gone"
+    "Against the norm that autograd left, at the noted steps alone; the clipping comes after"
     class See(Callback):
         order,run_valid,seen = 0,False,[]
         def before_step(self): self.seen.append(torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]).norm().item())
@@ -121,6 +121,18 @@ def test_gradient_norms_are_those_before_clipping(tmp_path):
     for e,noted in zip(es, ([0,3],[6])):
         want = [See.seen[i] for i in noted]
         assert e['grad_norm']==pytest.approx(sum(want)/len(want), rel=1e-3) and e['grad_norm_max']==pytest.approx(max(want), rel=1e-3) and e['grad_norm'] > 1e-2
+
+def test_gradient_norms_are_free_of_half_precisions_factor():
+    "A loss scaled by 1 and by 2^10 has the same gradient, up to the rounding of fp16"
+    from fastai.data.load import DataLoader
+    def noted(scale):
+        set_seed(0)
+        ds = list(zip(torch.randn(8,4), torch.randn(8,3)))
+        dls = DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4), device=torch.device('cpu'))
+        learn = Learner(dls, torch.nn.Linear(4,3), loss_func=torch.nn.MSELoss(), opt_func=FusedAdamW, cbs=[Fp16('cpu', init_scale=scale), GradientNorms(1)])
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+        return learn.gradient_norms.found
+    assert noted(1024.) == pytest.approx(noted(1.), rel=1e-2) and noted(1.)['grad_norm'] > .1
 
 def test_a_gradient_that_overflows_is_in_no_mean():
     cb,norms = GradientNorms(1),[1., float('inf'), 3., float('nan')]

@@ -154,6 +154,7 @@ def command(self:Runner, run)->list:
     alone = not n or not shutil.which('taskset') or self.leads(run)
     return cmd if alone else ['taskset', '-c', ','.join(map(str, self.cores[k*n:(k+1)*n])), *cmd]
 
+# %% ../nbs/23_evidence.ipynb #7e2f0a52
 @patch
 def leads(self:Runner, run)->bool:
     "Is this the run of its kind that compiles for the others?"
@@ -190,6 +191,7 @@ def expected(self:Runner, run)->float: # `None`: nothing to go by yet
     done = len(self.epochs(run))
     return epoch*(run.recipe.epochs-done) if done else start + epoch*(run.recipe.epochs-1)
 
+# %% ../nbs/23_evidence.ipynb #7e2f0a54
 @patch
 def fits(self:Runner, run)->bool:
     "Can it end in time?"
@@ -228,6 +230,7 @@ def launch(self:Runner, run):
     cmd,run.state,run.began = self.command(run),'running',time.monotonic()
     with open(self.out/'logs'/f'{run.name}.log', 'w') as log: run.proc = subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, env=env)
 
+# %% ../nbs/23_evidence.ipynb #7e2f0a56
 @patch
 def settle(self:Runner):
     "Note which runs have ended, and how; stop them all when the time is up"
