@@ -174,11 +174,21 @@ def test_estimate_of_one_that_need_not_compile(tmp_path):
     starts(b, 2., 20.)
     assert r.expected(c) == 20+15 + 5*(c.recipe.epochs-1)
 
+def test_an_epoch_of_fewer_images_is_expected_to_be_shorter(tmp_path):
+    "A tenth of the images, seen for the first time: an epoch costs a tenth of the training and all of the evaluation, which is a fifteenth"
+    r = FakeRunner(plan_of(tmp_path, 4), tmp_path/'out', gpus=1, beside=2)
+    (tmp_path/'out').mkdir()
+    seen,small = r.runs[:2]
+    seen.state,seen.began,small.recipe.share = 'running',1.,.1
+    (tmp_path/'out'/f'{seen.name}.json').write_text(json.dumps(dict(epochs=[dict(wall_s=20.), dict(wall_s=36.)])))
+    assert r.expected(small) == pytest.approx(20+15 + 16*(.1+1/15)/(1+1/15)*(small.recipe.epochs-1))
+
 def test_who_compiles_has_a_share_of_the_cores(tmp_path):
     "Among those that can compile at once: the kinds of the plan, or the places if they are fewer; the others need one process"
     runs = plan_of(tmp_path, 6, ' --compile')
+    late = plan_of(tmp_path, 2, ' --bs 8 --compile')        # kinds that have no place at first take nothing from those that have
     for beside,share in ((6, 16),(1, 32)):
-        r = Runner(runs, tmp_path/'o', gpus=1, beside=beside)
+        r = Runner(runs + late*(beside==6), tmp_path/'o', gpus=1, beside=beside)
         r.cores = list(range(32))
         assert {o.kind for o in runs} == {runs[0].kind, runs[1].kind} and r.compilers(runs[0]) == share
     (tmp_path/'o').mkdir()

@@ -163,7 +163,7 @@ def leads(self:Runner, run)->bool:
 @patch
 def compilers(self:Runner, run)->int:
     "Processes that compile a run's kernels: a share of the cores for who leads, one for the others"
-    at_once = min(len({r.kind for r in self.runs}), len(self.places))
+    at_once = max(1, len({r.kind for r in self.runs[:len(self.places)] if r.recipe.compile}))
     return max(1, len(self.cores)//at_once) if self.leads(run) else 1
 
 @patch
@@ -180,13 +180,15 @@ def pace(self:Runner, run)->tuple: # seconds before its second epoch, seconds an
     late = es[-4:]
     return es[0]['wall_s']+15,(late[-1]['wall_s']-late[0]['wall_s'])/(len(late)-1)    # 15 s for imports and images, which no record counts
 
+def _work(run): return run.recipe.share + 1/15    # of an epoch: its training images, and a fifth as many test images at a third of the cost
+
 @patch
 def expected(self:Runner, run)->float: # `None`: nothing to go by yet
     "Seconds that a run still needs"
     alike = [run] if run.began else []
     alike += sorted([o for o in self.runs if o.began and o.kind==run.kind], key=lambda o: -o.began)   # the latest first: it need not compile
     for same in (lambda o: o.recipe.model==run.recipe.model, lambda o: True): alike += [o for o in self.runs if o.began and same(o)]
-    start,epoch = next((p for o in alike if (p := self.pace(o))), (None,None))
+    start,epoch = next(((p[0], p[1]*_work(run)/_work(o)) for o in alike if (p := self.pace(o))), (None,None))
     if start is None: return None
     done = len(self.epochs(run))
     return epoch*(run.recipe.epochs-done) if done else start + epoch*(run.recipe.epochs-1)
