@@ -363,3 +363,12 @@ def test_position_is_asked_eagerly(tmp_path, monkeypatch):
     probe()
     assert seen==[False,True]
     torch.compiler.reset()
+
+@pytest.mark.parametrize('bs,n,want', [(100,10_000,500), (512,10_000,500), (1024,10_000,1000), (64,360,360), (64,10_007,64)])
+def test_batches_that_a_compiled_network_is_judged_in(bs, n, want):
+    "All of one size, and not small ones, even if the training's are"
+    from types import SimpleNamespace
+    from vt_drloc.train import _same_batches
+    dl = SimpleNamespace(bs=bs, n=n)
+    _same_batches(dl)
+    assert dl.bs == want

@@ -613,8 +613,8 @@ def _compiling(r, device):
     return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and device.type=='cuda' and world()==1 else {}))
 
 def _same_batches(dl):
-    "Judge in batches of one size, so that there is one shape to compile: the largest divisor of the images, unless it is far below"
-    best = max(d for d in range(1, dl.bs+1) if dl.n%d==0)
+    "Judge in batches of one size, so that there is one shape to compile: the largest divisor of the images, unless it is far below. Without gradients a small batch wastes the device: up to 512"
+    best = max(d for d in range(1, max(dl.bs, 512)+1) if dl.n%d==0)
     if best >= dl.bs/2: dl.bs = best
 
 # %% ../nbs/10_train.ipynb #46ddde78
