@@ -462,6 +462,21 @@ def test_resumed_equals_straight(opt_func, tmp_path):
     first.fit(2) # so does a second fit of the same Learner
     assert same(weights(straight.model), weights(first.model)) and same(mlp(straight), mlp(first))
 
+def test_a_generator_named_without_its_index_keeps_its_state(tmp_path):
+    "A file says 'cuda', a grid 'cuda:0': the same device, and the pairs go on where they were"
+    learn = learner(drloc())
+    learn.fit(1)
+    stock = learn.drloc.generator
+    class Elsewhere:
+        device = torch.device('cpu', 0)
+        def get_state(self): return stock.get_state()
+    assert Elsewhere.device != torch.device('cpu')
+    learn.drloc.generator = Elsewhere()
+    learn.drloc._ready(torch.zeros(1, 6, 4, 4))
+    new = learn.drloc.generator
+    assert new is not stock and new.device == torch.device('cpu') and torch.equal(new.get_state(), stock.get_state())
+    assert not torch.equal(new.get_state(), torch.Generator().manual_seed(learn.drloc.seed+1).get_state())
+
 def test_load_without_optimizer_starts_the_moments_anew(tmp_path):
     a = learner(drloc(), path=tmp_path)
     a.fit(1)

@@ -395,7 +395,9 @@ def test_fp16_follows_bf16(tmp_path, recipe):
         r = Recipe(**{**vars(recipe), 'epochs':8, 'precision':p, 'mix':False, 'tfms':'none', 'drop_path':0.})
         train(r, out=tmp_path/p, bar=False)
         curves[p] = [(e['train_loss'], e['drloc']) for e in json.loads((tmp_path/p/f'{name}.json').read_text())['epochs']]
-    assert np.isfinite(curves['fp16']).all() and np.allclose(curves['fp16'], curves['bf16'], rtol=.05)
+    fp16,bf16 = (np.array(curves[p]) for p in ('fp16','bf16'))
+    assert np.isfinite(fp16).all() and (fp16[-1] < fp16[0]).all()
+    assert (fp16 > .95*bf16).all() and (fp16[1:] < 1.05*bf16[:-1]).all()      # the steps left out while the scale is found make it late, by less than an epoch
 
 @pytest.mark.skipif(torch.cuda.device_count()<2, reason="needs two CUDA devices")
 def test_two_gpus(tmp_path):

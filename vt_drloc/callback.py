@@ -157,8 +157,10 @@ def _ready(self:DrlocCallback, grid):
     if self.loss_fn is None: self._make(*(dims,sizes) if isinstance(grid, list) else (dims[0],sizes[0]))
     device = grids[-1].device
     self.loss_fn.to(device)
-    if self.generator is None or self.generator.device != device:
+    was = self.generator
+    if was is None or was.device != device:        # one that a file brought says 'cuda', the grid 'cuda:0': its state goes along
         self.generator = torch.Generator(device).manual_seed(self.seed + 1 + _rank())
+        if was is not None and was.device.type == device.type: self.generator.set_state(was.get_state())
 
 @patch(as_prop=True)
 def mlp_params(self:DrlocCallback):
