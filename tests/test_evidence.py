@@ -285,6 +285,40 @@ def test_extra_minutes():
     recs = [r for s in range(3) for r in (rec(s, gpu=f'{s}a', wall=60.), rec(s, 'paper', last=81., gpu=f'{s}b', wall=90.))]
     assert gains_table(runs_table(recs))['extra GPU min'].tolist() == pytest.approx([.5])
 
+def test_minutes_count_runs_that_are_not_asked_about():
+    "Two of four runs on a GPU: each second is divided by four all the same"
+    recs = [rec(i, gpu='0', wall=80.) for i in range(4)]
+    assert gpu_minutes(recs[:2]) == pytest.approx([2/3]*2) and gpu_minutes(recs[:2], recs) == pytest.approx([1/3]*2)
+    assert gpu_minutes(recs[:2], recs[1:]) == pytest.approx([80/60/4]*2)                  # they belong to it, named or not
+    assert runs_table(recs[:2], recs).gpu_min.tolist() == pytest.approx([1/3]*2)
+
+@pytest.mark.parametrize('change,times', [(dict(), True), (dict(start=49), True), (dict(start=51), False), (dict(beside=4), False), (dict(device='other'), False)])
+def test_times_compare_only_side_by_side(change, times):
+    "Accuracies pair by seed whenever they were run; seconds and minutes do not"
+    recs = three()
+    for r in recs[1::2]:
+        r['started'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(1e9+change.get('start', 0)))
+        r['runs_on_device'],r['hardware']['device'] = change.get('beside', 9),change.get('device', 'GPU')
+    runs = runs_table(recs)
+    gain,cost,faster = (f.to_dict('records') for f in (gains_table(runs), cost_table(runs), faster_table(reach_table(runs))))
+    assert gain[0]['verdict'] == 'holds' and gain[0]['seeds'] == 3 and faster[0]['seeds'] == 3
+    assert (gain[0]['extra GPU min'] is not None and gain[0]['extra GPU min']==gain[0]['extra GPU min']) is times
+    assert (faster[0]['GPU min saved']==faster[0]['GPU min saved']) is times and [c['seeds'] for c in cost] == [3]*times
+
+def test_schedules_of_two_lengths_are_two_settings():
+    "A run that stops early in a long schedule is no partner of one that ends with its own, nor the same arm"
+    recs = three() + [rec(s, last=60., laid_out=12) for s in range(3)]
+    runs = runs_table(recs)
+    assert sorted(runs.laid_out.unique()) == [4,12] and len(arms_table(runs)) == 3
+    assert len(gains_table(runs)) == 1 and arms_table(runs)['mean'].tolist() == pytest.approx([81.,82.,60.])
+
+def test_verdicts_from_elsewhere():
+    "A benchmark's verdicts join those of the runs"
+    cheap = 'The side task costs next to nothing'
+    table = claims_table(runs_table([]), {cheap: ['holds','does not']}).set_index('claim')
+    assert (table.verdict[cheap],table.rests[cheap]) == ('in part','holds: 1, does not: 1') and set(table.verdict.drop(cheap)) == {'not tested yet'}
+    with pytest.raises(ValueError, match="'It is cheap'"): claims_table(runs_table([]), {'It is cheap': []})
+
 def test_epochs_to_the_mark():
     base,fast,never = rec(accs=[50,70,80,79.]),rec(drloc='paper', accs=[60,79,85,86.]),rec(1, 'paper', accs=[10,20,30,40.])
     assert first_reached(base, 79.) == 3 and first_reached(fast, 79.) == 2 and first_reached(never, 79.) is None

@@ -7,8 +7,8 @@ Docs: https://SET_ME.github.io/vt_drloc/evidence.html.md"""
 # %% auto #0
 __all__ = ['HOLDS', 'NOT', 'OPEN', 'NONE', 'UNTESTED', 'PART', 'SETTING', 'PAPER', 'OTHERS', 'W', 'CLAIMS', 'interval', 'verdict',
            'overall', 'Run', 'read_plan', 'Runner', 'main', 'arm', 'gpu_minutes', 'runs_table', 'arms_table',
-           'contrast', 'gains_table', 'first_reached', 'reach_table', 'faster_table', 'cost_table', 'common',
-           'position_table', 'planned', 'plan_status', 'plan_grid', 'family', 'plot_gains', 'plot_accuracy',
+           'side_by_side', 'contrast', 'gains_table', 'first_reached', 'reach_table', 'faster_table', 'cost_table',
+           'common', 'position_table', 'planned', 'plan_status', 'plan_grid', 'family', 'plot_gains', 'plot_accuracy',
            'plot_learning', 'claims_table', 'claims_markdown']
 
 # %% ../nbs/23_evidence.ipynb #10676218
@@ -333,34 +333,40 @@ def arm(
 
 def _when(rec): return calendar.timegm(time.strptime(rec['started'], '%Y-%m-%dT%H:%M:%SZ'))
 
+def _span(rec): return _when(rec),_when(rec)+rec['wall_s']
+def _where(rec): return rec['hardware']['device'],rec['hardware'].get('gpu')
+
 def gpu_minutes(
-    recs # run records
+    recs, # run records
+    among=None # all that may have shared a GPU with them; `None`: only they
 )->list: # minutes, one a record
     "What each run cost: its shares of the GPU's time"
-    where = [(r['hardware']['device'], r['hardware'].get('gpu')) for r in recs]
-    cost = []
-    for rec,at in zip(recs, where):
-        if at[1] is None or rec.get('resumed'): cost.append(rec['wall_s']/60/rec.get('runs_on_device', 1)); continue
-        spans = [(_when(o), _when(o)+o['wall_s']) for o,a in zip(recs, where) if a==at and not o.get('resumed')]
-        a,b = _when(rec),_when(rec)+rec['wall_s']
-        cuts = sorted({a, b, *(t for s in spans for t in s if a < t < b)})
-        cost.append(sum((v-u)/sum(s <= u and v <= e for s,e in spans) for u,v in zip(cuts, cuts[1:]))/60)
+    spans,cost = {},[]
+    for o in {id(o): o for o in [*(among or ()), *recs]}.values():
+        if not o.get('resumed'): spans.setdefault(_where(o), []).append(_span(o))
+    for rec in recs:
+        if _where(rec)[1] is None or rec.get('resumed'): cost.append(rec['wall_s']/60/rec.get('runs_on_device', 1)); continue
+        a,b = _span(rec)
+        here = spans[_where(rec)]
+        cuts = sorted({a, b, *(t for s in here for t in s if a < t < b)})
+        cost.append(sum((v-u)/sum(s <= u and v <= e for s,e in here) for u,v in zip(cuts, cuts[1:]))/60)
     return cost
 
 # %% ../nbs/23_evidence.ipynb #b982eb5c
-SETTING = ['data','model','tfms','epochs','bs','lr','share','size']
+SETTING = ['data','model','tfms','epochs','bs','lr','share','size','laid_out']
 
 def _setting(rec):
     "What paired runs have in common"
     r = rec['recipe']
-    return dict(data=rec['data']['name'], model=r['model'], tfms=r['tfms'], epochs=r['epochs'], bs=r['bs'], lr=r['lr'], share=r.get('share', 1.), size=rec['data']['size'][0])
+    return dict(data=rec['data']['name'], model=r['model'], tfms=r['tfms'], epochs=r['epochs'], bs=r['bs'], lr=r['lr'], share=r.get('share', 1.), size=rec['data']['size'][0], laid_out=r.get('laid_out') or r['epochs'])
 
 def runs_table(
-    recs # run records
+    recs, # run records
+    among=None # all records, to know what shared a GPU; `None`: only these
 )->pd.DataFrame: # one row a run; accuracies in percent
     "The runs: setting, arm, seed, accuracy, cost"
     rows = []
-    for rec,minutes in zip(recs, gpu_minutes(recs)):
+    for rec,minutes in zip(recs, gpu_minutes(recs, among)):
         es = rec['epochs']
         seconds = [e['train_s'] for e in es[1:] if 'train_s' in e]
         rows.append(dict(_setting(rec), arm=arm(rec['recipe']), seed=rec['recipe']['seed'], status=rec['status'], done=len(es), last=100*es[-1]['accuracy'] if es else None,
@@ -372,7 +378,7 @@ def arms_table(
     runs:pd.DataFrame # from `runs_table`
 )->pd.DataFrame: # one row for each setting and arm
     "Seeds, mean and 95 % interval of the last epoch's accuracy, best epoch beside it, cost"
-    keys,rows = ['data','model','tfms','share','arm'],[]
+    keys,rows = [*SETTING, 'arm'],[]
     for key,g in runs[runs.status=='complete'].groupby(keys, sort=False):
         lo,hi = interval(g['last']) if len(g) > 1 else (None,None)
         rows.append(dict(zip(keys, key), seeds=len(g), mean=g['last'].mean(), **{'from': lo, 'to': hi, 'best epoch': g.best.mean(), 'GPU min': g.gpu_min.mean(), 's an epoch': g.epoch_s.mean()}))
@@ -380,23 +386,34 @@ def arms_table(
 
 def _key(row): return tuple(row[k] for k in SETTING)
 
-def _paired(runs, a, b, what='last'):
+def side_by_side(
+    a:dict, # run record
+    b:dict # another
+)->bool:
+    "Did two runs share the same kind of GPU with as many others, for half of their time or more? Then their times compare"
+    (s,t),(u,v) = _span(a),_span(b)
+    alike = lambda r: (r['hardware']['device'], r.get('runs_on_device', 1))
+    return alike(a)==alike(b) and min(t, v)-max(s, u) >= min(t-s, v-u)/2
+
+def _paired(runs, a, b, what='last', together=False):
     "setting -> what both arms have, (n, 2), a row for each seed that both completed"
-    ok = runs[runs.status=='complete']
-    def of(name): return {(*_key(r), r.seed): r[what] for _,r in ok[ok.arm==name].iterrows()}
-    x,y,res = of(a),of(b),{}
+    ok,res = runs[runs.status=='complete'],{}
+    x,y = ({(*_key(r), r.seed): r for _,r in ok[ok.arm==name].iterrows()} for name in (a,b))
     for key in x:
-        if key in y and None not in (x[key], y[key]): res.setdefault(key[:-1], []).append((x[key], y[key]))
+        if key not in y or (together and not side_by_side(x[key].rec, y[key].rec)): continue
+        pair = x[key][what],y[key][what]
+        if not any(v is None or v!=v for v in pair): res.setdefault(key[:-1], []).append(pair)
     return {k: np.array(v, dtype=float) for k,v in res.items()}
 
 def contrast(
     runs:pd.DataFrame, # from `runs_table`
     a:str='with L_drloc', # arm
     b:str='without', # arm that it is held against
-    what:str='last' # column that is compared
+    what:str='last', # column that is compared
+    together:bool=False # only of runs that were made side by side: times
 )->dict: # setting -> differences a - b, one a seed
     "Paired differences between two arms"
-    return {k: (v[:,0]-v[:,1]).tolist() for k,v in _paired(runs, a, b, what).items()}
+    return {k: (v[:,0]-v[:,1]).tolist() for k,v in _paired(runs, a, b, what, together).items()}
 
 def gains_table(
     runs:pd.DataFrame, # from `runs_table`
@@ -404,13 +421,13 @@ def gains_table(
     b:str='without' # arm that it is held against
 )->pd.DataFrame: # one row a setting
     "Mean, interval and verdict of a gain, and the extra minutes beside it"
-    extra,rows = contrast(runs, a, b, 'gpu_min'),[]
+    extra,rows = contrast(runs, a, b, 'gpu_min', together=True),[]
     for key,v in _paired(runs, a, b).items():
         g,s = v[:,0]-v[:,1],dict(zip(SETTING, key))
         lo,hi = interval(g) if len(g) > 1 else (None,None)
-        rows.append({k: s[k] for k in ('data','model','tfms','share')} | {'seeds': len(g), b: v[:,1].mean(), a: v[:,0].mean(), 'gain': g.mean(), 'from': lo, 'to': hi,
-                     'verdict': verdict(g), 'extra GPU min': np.mean(extra[key])})
-    return pd.DataFrame(rows, columns=['data','model','tfms','share','seeds',b,a,'gain','from','to','verdict','extra GPU min'])
+        rows.append(s | {'seeds': len(g), b: v[:,1].mean(), a: v[:,0].mean(), 'gain': g.mean(), 'from': lo, 'to': hi,
+                     'verdict': verdict(g), 'extra GPU min': np.mean(extra[key]) if key in extra else None})
+    return pd.DataFrame(rows, columns=[*SETTING,'seeds',b,a,'gain','from','to','verdict','extra GPU min'])
 
 # %% ../nbs/23_evidence.ipynb #e5af5661
 def first_reached(
@@ -430,23 +447,24 @@ def reach_table(
     for _,base in ok[ok.arm==b].iterrows():
         for _,other in ok[(ok.arm==a) & (ok.seed==base.seed)].iterrows():
             if _key(base)!=_key(other): continue
-            row = dict(data=base.data, model=base.model, share=base.share, seed=base.seed, mark=base['last'])
+            row = {k: base[k] for k in SETTING} | dict(seed=base.seed, mark=base['last'])
             for name,r in ((b, base), (a, other)):
                 e,n = first_reached(r.rec, base['last']),len(r.rec['epochs'])
                 row |= {f'epochs {name}': e or n+1, f'minutes {name}': r.gpu_min*(r.rec['epochs'][e-1]['wall_s']/r.rec['epochs'][-1]['wall_s'] if e else (n+1)/n), f'reached {name}': bool(e)}
-            rows.append(row | dict(saved=row[f'epochs {b}']-row[f'epochs {a}'], saved_min=row[f'minutes {b}']-row[f'minutes {a}']))
-    return pd.DataFrame(rows, columns=['data','model','share','seed','mark', *(f'{k} {o}' for k in ('epochs','minutes','reached') for o in (b,a)), 'saved','saved_min'])
+            minutes = row[f'minutes {b}']-row[f'minutes {a}'] if side_by_side(base.rec, other.rec) else None
+            rows.append(row | dict(saved=row[f'epochs {b}']-row[f'epochs {a}'], saved_min=minutes))
+    return pd.DataFrame(rows, columns=[*SETTING,'seed','mark', *(f'{k} {o}' for k in ('epochs','minutes','reached') for o in (b,a)), 'saved','saved_min'])
 
 def faster_table(
     reach:pd.DataFrame # from `reach_table`
 )->pd.DataFrame: # one row a data set and network
     "Epochs and minutes saved: mean, interval and verdict, and how many seeds never got there"
     rows = []
-    for key,g in reach.groupby(['data','model','share'], sort=False):
+    for key,g in reach.groupby(SETTING, sort=False):
         (lo,hi),never = interval(g.saved) if len(g) > 1 else (None,None),[c for c in g if c.startswith('reached')]
-        rows.append(dict(zip(('data','model','share'), key), seeds=len(g), **{'never reached': int((~g[never[-1]].astype(bool)).sum()), 'epochs saved': g.saved.mean(), 'from': lo, 'to': hi},
-                         verdict=verdict(g.saved.tolist(), 1), **{'GPU min saved': g.saved_min.mean()}))
-    return pd.DataFrame(rows, columns=['data','model','share','seeds','never reached','epochs saved','from','to','verdict','GPU min saved'])
+        rows.append(dict(zip(SETTING, key), seeds=len(g), **{'never reached': int((~g[never[-1]].astype(bool)).sum()), 'epochs saved': g.saved.mean(), 'from': lo, 'to': hi},
+                         verdict=verdict(g.saved.tolist(), 1), **{'GPU min saved': g.saved_min.astype(float).mean()}))
+    return pd.DataFrame(rows, columns=[*SETTING,'seeds','never reached','epochs saved','from','to','verdict','GPU min saved'])
 
 # %% ../nbs/23_evidence.ipynb #44367be3
 def cost_table(
@@ -454,12 +472,10 @@ def cost_table(
     a:str='with L_drloc', # arm
     b:str='without' # arm that it is held against
 )->pd.DataFrame: # one row a data set and network
-    "Seconds of training an epoch in both arms, and the difference in percent"
-    keys,rows = ['data','model','share'],[]
-    for key,g in runs[runs.status=='complete'].groupby(keys, sort=False):
-        t = {o: g[g.arm==o].epoch_s.astype(float).mean() for o in (b,a)}
-        rows.append(dict(zip(keys, key), **{f's an epoch {k}': v for k,v in t.items()}, **{'more, %': 100*(t[a]/t[b]-1)}))
-    return pd.DataFrame(rows, columns=[*keys, f's an epoch {b}', f's an epoch {a}', 'more, %'])
+    "Seconds of training an epoch in both arms, of the seeds whose two runs were made side by side, and the difference in percent"
+    cols = ['seeds', f's an epoch {b}', f's an epoch {a}', 'more, %']
+    rows = [dict(zip([*SETTING, *cols], (*key, len(v), *(m := v.mean(0)[::-1]), 100*(m[1]/m[0]-1)))) for key,v in _paired(runs, a, b, 'epoch_s', together=True).items()]
+    return pd.DataFrame(rows, columns=[*SETTING, *cols])
 
 def common(
     recs # run records
@@ -614,7 +630,7 @@ def _cheap(runs, most=5):
     "Verdicts of: at most so many percent more training time an epoch"
     ratio = runs.assign(log_s=np.log(runs.epoch_s.astype(float)))
     ratio = ratio[ratio.log_s.notna()]
-    return [verdict([most-100*(math.exp(v)-1) for v in g], 0) for g in contrast(ratio, what='log_s').values()]
+    return [verdict([most-100*(math.exp(v)-1) for v in g], 0) for g in contrast(ratio, what='log_s', together=True).values()]
 
 def _less_data(runs):
     "Verdicts of: the gain on a share minus the gain on all images"
@@ -633,7 +649,7 @@ CLAIMS = [  # claim, where it stands, how it is judged, where the evidence is
     ('With the side task CvT is more accurate, trained from scratch', 'Table 3', lambda r: _gain(r, 'cvt'), '02_small_32px.ipynb 01_cifar10_cvt_mini.ipynb'),
     ('It helps whatever the visual transformer', 'text, Table 3', lambda r: _gain(r), '02_small_32px.ipynb 01_cifar10_cvt_mini.ipynb'),
     ('Training is faster: the same accuracy in fewer epochs', 'text, Table 2b', _faster, '02_small_32px.ipynb 01_cifar10_cvt_mini.ipynb'),
-    ('The side task costs next to nothing', 'text', _cheap, '02_small_32px.ipynb'),
+    ('The side task costs next to nothing', 'text', _cheap, '02_small_32px.ipynb ../22_bench.ipynb'),
     ('The smaller the data set, the more it helps', 'text', _less_data, '02_small_32px.ipynb'),
     ('What helps is the spatial question: permuted targets help less', 'implied', lambda r: _arms(r, W, f'{W}, permuted'), '02_small_32px.ipynb'),
     ('What helps reaches the network: detached features help less', 'implied', lambda r: _arms(r, W, f'{W}, detached'), '02_small_32px.ipynb'),
@@ -649,12 +665,14 @@ CLAIMS = [  # claim, where it stands, how it is judged, where the evidence is
 ]
 
 def claims_table(
-    runs:pd.DataFrame # from `runs_table`
+    runs:pd.DataFrame, # from `runs_table`
+    more=None # claim -> verdicts from elsewhere, of a benchmark say
 )->pd.DataFrame: # claim, source, verdict, what it rests on
     "A verdict on each claim"
-    rows = []
+    rows,more = [],more or {}
+    if unknown := set(more)-{c[0] for c in CLAIMS}: raise ValueError(f"no such claim: {', '.join(map(repr, sorted(unknown)))}; the claims are the first entries of CLAIMS")
     for claim,source,judge,page in CLAIMS:
-        vs = judge(runs)
+        vs = judge(runs)+more.get(claim, [])
         counts = ', '.join(f'{v}: {vs.count(v)}' for v in (HOLDS, NOT, OPEN, NONE) if v in vs)
         rows.append(dict(claim=claim, source=source, verdict=overall(vs), rests=counts, page=page))
     return pd.DataFrame(rows)
@@ -662,5 +680,5 @@ def claims_table(
 def claims_markdown(table)->str:
     "The table of claims with its links"
     head = '| claim | in the paper | verdict | networks and data sets | evidence |\n|---|---|---|---|---|\n'
-    link = lambda r: ', '.join(f'[{p.split("_")[0]}]({p})' for p in r.page.split()) if r.verdict!=UNTESTED else ''
+    link = lambda r: ', '.join(f'[{Path(p).stem.split("_")[0]}]({p})' for p in r.page.split()) if r.verdict!=UNTESTED else ''
     return head + '\n'.join(f'| {r.claim} | {r.source} | **{r.verdict}** | {r.rests} | {link(r)} |' for _,r in table.iterrows())
