@@ -28,7 +28,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.callback.training import GradientClip
 import vt_drloc
-from .hybrid import Adapter, as_backbone
+from .hybrid import Adapter, as_backbone, unwrap
 from .pairs import sample_pairs
 from .loss import DrlocLoss, best_guess, pair_errors, predict_pairs
 from .callback import DrlocCallback, StopOnNonFinite, _rank
@@ -494,8 +494,14 @@ def _errors(loss, gs, seed):
     level = best_constant(loss, h, w) if family and loss.variant!='all' else best_guess(h, w)
     return dict(grid=[h,w], guessing=_rounded(level.error), error={k: _rounded(task_error(loss, g, seed=seed)) for k,g in gs.items()})
 
+def _looks(model, dl, n):
+    "Statistics of attention on some validation images (chapter 16); `None` where they are not square"
+    from vt_drloc.looks import attention_stats
+    x = some_images(dl, n)[:n]
+    return attention_stats(model, x) if x.shape[2]==x.shape[3] and len(x) > 1 else None
+
 class Position(Callback):
-    "Writes `position_report` into the record of a complete run"
+    "Writes `position_report` into the record of a complete run, and what its attention looks at"
     order = RunRecord.order+2
     def __init__(self,
         precision:str='float32', # of the run; the network is asked in the same
@@ -512,6 +518,7 @@ class Position(Callback):
         try:
             with torch.autocast(dev.type, half, enabled=half is not None), torch.compiler.set_stance('force_eager'):
                 found = position_report(self.model, some_images(self.dls.valid, self.images), task and task.loss_fn, task and task.where, steps)
+                record.rec['attention'] = _looks(unwrap(self.model), self.dls.valid, 128 if dev.type=='cuda' else 16)
         finally: set_generators(self.learn, state)
         record.apart = time.perf_counter()-start
         record.rec['position'] = dict(found, seconds=round(record.apart, 2))
