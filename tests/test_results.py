@@ -1,0 +1,184 @@
+"Pages of results that wait for their runs: what they compute from records that are made up, and what they say without any"
+import ast, json, math, re
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np, pytest
+from vt_drloc.evidence import PAPER, W, interval, planned, read_plan
+from vt_drloc.train import read_records
+
+results = Path(__file__).resolve().parent.parent/'nbs'/'results'
+plan = results/'plans'/'224px_swin_t.txt'
+released,strong = f'{W}, released',f'{W}, ramp_decay, lambda=1.75'
+
+# last accuracy of each run: (batch, laid out for, task, weight) -> one for each seed
+ENDS = {(512,100,'none',None): [88.,88.5,87.75], (512,100,'paper',.5): [90.,90.75,89.5], (512,100,'released',.5): [89.], (512,100,'paper',1.75): [91.5],
+        (1024,300,'none',None): [62.5], (1024,300,'released',.5): [70.], (1024,100,'none',None): [55.], (512,300,'none',None): [75.], (128,300,'none',None): [86.], (128,300,'released',.5): [87.25]}
+
+def key(r): return r.bs, r.laid_out or r.epochs, r.drloc, r.lambda_drloc if r.drloc!='none' else None
+
+def record(run, epochs=None):
+    "What a run of the plan might leave; of 100 epochs and 101 nine tenths are learned by epoch 40"
+    r,e = run.recipe.check(),run.recipe
+    last,n = ENDS[key(e)][e.seed],epochs or e.epochs
+    accs = [last*(.9*min(i/40, 1) + .1*max(0, i-40)/(e.epochs-40)) for i in range(1, n+1)] if e.epochs > 40 else [last*i/40 for i in range(1, n+1)]
+    if n==e.epochs: accs[n-2] = last+.25                    # the best epoch is not the last
+    bad = e.bs==1024
+    es = [dict(epoch=i, accuracy=a/100, train_loss=2.3-.01*i, drloc=.2, train_s=60., wall_s=60.*(i+1), grad_norm=2.+bad, grad_norm_max=4.+(i==7)*2+bad*90) for i,a in enumerate(accs)]
+    at = {'images': [1.25,1.25], 'scrambled pixels': [1.5,1.5], 'constant image': [2.,2.]}
+    return dict(status='complete' if n==e.epochs else 'cut short', recipe=asdict(r), data=dict(name=e.data, size=[r.size]*2, held='device'), hardware=dict(device='GPU', gpu=f'{e.seed}{e.bs}'), epochs=es,
+                wall_s=60.*n, runs_on_device=2, started='2026-01-01T00:00:00Z', revision='r'*40, versions=dict(torch='2'), position=dict(probe=dict(grid=[7,7], guessing=[1.5,1.5], error=at, steps=600)))
+
+def fakes(only=lambda r: True, **kw): return [record(o, **kw) for o in read_plan(plan) if only(o.recipe)]
+
+def table3(model, data, ends, drloc):
+    "A run at 224 pixels of another network, in the protocol of the main table"
+    return [record_of(model, data, drloc, s, last) for s,last in enumerate(ends)]
+
+def record_of(model, data, drloc, seed, last):
+    rec = record(read_plan(plan)[0])
+    return rec | dict(recipe=rec['recipe'] | dict(model=model, data=data, drloc=drloc, lambda_drloc=None if drloc=='none' else .1, seed=seed), data=rec['data'] | dict(name=data), epochs=[*rec['epochs'][:-1], rec['epochs'][-1] | dict(accuracy=last/100)])
+
+def page(name, recs, monkeypatch):
+    "Runs the page's cells on these records; names of the page, and what each cell shows by its id"
+    monkeypatch.setattr('vt_drloc.train.read_records', lambda folder=None: recs)
+    monkeypatch.chdir(results)
+    space,shown = {},{}
+    for c in json.loads((results/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']:
+        if c['cell_type']!='code': continue
+        tree = ast.parse(''.join(c['source']))
+        value = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) and not ''.join(c['source']).endswith(';') else None
+        exec(compile(tree, c['id'], 'exec'), space)
+        shown[c['id']] = eval(compile(value, c['id'], 'eval'), space) if value else None
+    return space,shown
+
+def text(o): return (o.data if hasattr(o, 'data') else '' if o is None else o.to_string() if hasattr(o, 'to_string') else str(o)).replace('\xa0', ' ')
+def words(shown): return '\n'.join(map(text, shown.values()))
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close('all')
+
+
+# ---- Swin-T at 224 pixels
+
+swin = '03_swin_t_224px'
+
+@pytest.fixture(scope='module')
+def full():
+    "The page with all of the plan run"
+    with pytest.MonkeyPatch.context() as m: return page(swin, fakes(), m)
+
+def test_the_plan_is_the_one_expected():
+    rs = [o.recipe for o in read_plan(plan)]
+    assert len(rs)==14 and {k: len(v) for k,v in ENDS.items()} == {k: sum(key(r)==k for r in rs) for k in ENDS}
+
+def test_nothing_is_made_up(monkeypatch):
+    "Without records: nothing measured, no verdict, no advice; every part says that it has not been run"
+    space,shown = page(swin, [], monkeypatch)
+    said = words(shown)
+    assert not len(space['runs']) and said.count('ot run yet') > 14 and 'complete' not in text(shown['a3000009'])
+    assert space['advice']()=='*Not run yet, so there is no advice yet.*' and space['where_text']()=='*Not run yet.*' and 'nothing has been run' in space['time_text']()
+    assert 'not been run' in space['base_text']() and 'holds' not in said and '**' not in said
+    assert (space['settings'].verdict=='not tested yet').all() and (space['settings'].gain=='not run yet').all()
+
+def test_schedules_need_no_records(monkeypatch):
+    "Rates from the recipes: a cosine from step 0, at epoch 40 and at the end"
+    space,shown = page(swin, [], monkeypatch)
+    rates = shown['a300001c']
+    cos = lambda e,l: 100*(.01 + .99*(1+math.cos(math.pi*e/l))/2)
+    assert [*rates.index] == [('512','100 of 100'), ('1,024','40 of 100'), ('512','40 of 300'), ('1,024','101 of 300')] and [*rates['peak rate']] == ['5e-04','1e-03','5e-04','1e-03']
+    assert [*rates.iloc[:,1]] == pytest.approx([cos(40,100)]*2+[cos(40,300)]*2, abs=.06) and [*rates.iloc[:,2]] == pytest.approx([cos(100,100),cos(40,100),cos(40,300),cos(101,300)], abs=.06)
+
+def test_gain_over_the_good_baseline(full):
+    "Three seeds: 2, 2.25 and 1.75 points, so it holds; the released form has one seed and no verdict"
+    space,shown = full
+    g = space['gains'].set_index('arm')
+    lo,hi = interval([2.,2.25,1.75])
+    assert g.loc[W,['without','with it','gain']].tolist() == pytest.approx([np.mean([88,88.5,87.75]), np.mean([90,90.75,89.5]), 2.]) and (g.loc[W,'verdict'],g.loc[W,'seeds']) == ('holds',3)
+    assert g.loc[released,['without','with it','gain']].tolist() == pytest.approx([88,89,1]) and g.loc[released,'verdict']=='no verdict'
+    assert f'**2.00 points** ({lo:.2f} to {hi:.2f}), 3 seeds: *holds*' in space['gain_text']() and '**1.00 points**, 1 seed: *no verdict*' in space['gain_text']()
+    assert f"**88.08 %**" in space['base_text']() and f"{np.mean([88,88.5,87.75])-PAPER['swin','cifar10'][0]:.2f} points above the paper" in space['base_text']()
+    assert [*shown['a3000017'].difference] == ['1.50','-2.50','-1.00'] and set(shown['a3000017'].verdict)=={'no\xa0verdict'} and shown['a3000017'].index[1]==('form','released','paper, 1.75')
+
+def test_two_by_two(full):
+    "At epoch 40: 79.2 and 56.25 where runs go on, 55 and 75 where they stop"
+    space,shown = full
+    t = shown['a3000020']
+    assert [*t['at epoch 40']] == ['79.20','55.00','75.00','56.25'] and [*t['last epoch']] == ['88.00','55.00','75.00','62.50'] and t.loc[('1,024','101 of 300'),'best epoch']=='62.75'
+    assert [round(v, 2) for v in space['effect'].values()] == [-24.2, -18.75, -4.2, 1.25]
+    said = space['where_text']()
+    assert 'larger change is that of the **batch**' in said and '**62.50 %**, 3.03 points above' in said and 'falls by 25.50 points' in said and '3.03 more' in said
+    assert re.search(r'3 seeds of one and the same setting lie within 0\.6[78] points', said)
+
+def test_below_the_paper_is_said(monkeypatch):
+    monkeypatch.setitem(ENDS, (1024,300,'none',None), [50.])
+    monkeypatch.setitem(ENDS, (512,300,'none',None), [30.])
+    said = page(swin, fakes(), monkeypatch)[0]['where_text']()
+    assert '9.47 points below' in said and 'more.' not in said and 'larger change is that of the **schedule**' in said
+
+def test_inside(full):
+    "Largest norm and where; epochs in which a step was clipped"
+    m = full[0]['measured'].set_index('batch')
+    assert m.loc['512',['largest norm','in epoch','epochs with clipping']].tolist() == [6,8,1] and m.loc['1,024',['largest norm','in epoch','epochs with clipping']].tolist() == [96,8,101]
+    assert m.loc['512','loss, epoch 40'] == pytest.approx(1.91) and [*full[0]['know'][full[0]['know'].measure=='probe'].images] == [1.25]*2
+
+def test_each_setting(full):
+    s = full[0]['settings']
+    assert [*s.gain] == ['2.00','1.00','7.50','1.25'] and [*s.verdict] == ['holds',*['no verdict']*3]
+    said = full[0]['advice']()
+    assert 'batch 512, 100 epochs of a schedule for 100 ends at 88.08 %, and batch 1,024, 101 epochs of a schedule for 300 at 62.50 %: 25.58 points' in said
+    assert 'Use it' in said and '62.50 into 70.00 %, by +7.50 points (*no verdict*, 1 seed)' in said
+    assert '14 of 14 runs' in full[0]['time_text']() and f"{sum(r['wall_s'] for r in fakes())/3600:.1f} hours" not in full[0]['time_text']()
+
+def test_half_done(monkeypatch):
+    "Seed 0 of the first point, and the released setting in the middle of its run"
+    recs = fakes(lambda r: r.seed==0 and r.epochs==100 and r.lambda_drloc!=1.75) + fakes(lambda r: r.bs==1024 and r.epochs==101 and r.drloc=='none', epochs=12)
+    space,shown = page(swin, recs, monkeypatch)
+    assert 'cut short after 12 of 101 epochs' in text(shown['a3000009']) and [*space['gains'].verdict] == ['no verdict']*2
+    assert space['where_text']()=='*Not run yet.*' and [*space['settings'].gain] == ['2.00','1.00','not run yet','not run yet'] and 'Too few seeds' in space['advice']()
+    assert [*shown['a3000020']['at epoch 40']] == ['79.20',*['not run yet']*3] and shown['a3000020'].iloc[3]['best epoch']=='not run yet'
+
+@pytest.mark.parametrize('gain,said', [(-2.,'It does not help here'), (0.,'It does not help here')])
+def test_advice_follows_the_verdict(monkeypatch, gain, said):
+    monkeypatch.setitem(ENDS, (512,100,'paper',.5), [e+gain+d for e,d in zip(ENDS[512,100,'none',None], (.05,0,-.05))])
+    assert said in page(swin, fakes(lambda r: r.bs==512 and r.epochs==100), monkeypatch)[0]['advice']()
+
+
+# ---- the main table
+
+def test_main_table_is_open_without_runs(monkeypatch):
+    space,_ = page('table', [], monkeypatch)
+    t = space['table']
+    mine = t[[w.endswith('ours') for *_,w in t.index]]
+    assert len(mine)==6 and (mine[['without','with']]=='not\xa0run\xa0yet').all(axis=None) and (mine.verdict=='').all()
+    theirs = t[[w.endswith('paper') for *_,w in t.index]]
+    assert {(float(a),float(b)) for a,b in zip(theirs.without, theirs['with'])} == set(PAPER.values())
+
+def test_main_table_takes_its_protocol_alone(monkeypatch):
+    "Swin-T from the plan's first point, not from its other settings; CvT with two seeds, T2T without a pair"
+    recs = fakes() + table3('cvt_13_gap', 'cifar100', [70.,71.], 'none') + table3('cvt_13_gap', 'cifar100', [72.,72.5], 'paper') + table3('t2t_vit_14', 'cifar10', [80.], 'none')
+    space,_ = page('table', recs, monkeypatch)
+    at = lambda data,net: space['table'].loc[(data,net,'●\xa0ours')].str.replace('\xa0', ' ')
+    lo,hi = interval([2.,2.25,1.75])
+    assert at('CIFAR-10','Swin-T').tolist() == ['88.08','90.08','2.00',f'{lo:.2f} to {hi:.2f}','3','holds']
+    assert at('CIFAR-100','CvT-13').tolist() == ['70.50','72.25','1.75','','2','no verdict'] and at('CIFAR-10','T2T-ViT-14').tolist() == ['80.00','not run yet','','','','']
+    assert 'not run yet' in at('CIFAR-100','Swin-T').tolist()
+
+def test_small_networks_are_those_of_their_page(monkeypatch):
+    "With the committed records: the gains of the two plans at 32 pixels"
+    recs = read_records()
+    _,shown = page('table', recs, monkeypatch)
+    small = shown['b7000009']
+    for (data,model),row in small.iterrows():
+        data = data.lower().replace('-', '')
+        some = planned(results/'plans'/f'32px_{data}.txt', recs)
+        end = lambda d: {r['recipe']['seed']: 100*r['epochs'][-1]['accuracy'] for r in some if r['recipe']['model']==model and r['recipe']['drloc']==d and r['status']=='complete'}
+        a,b = end('none'),end('paper')
+        both = a.keys() & b.keys()
+        assert row.gain == (f'{np.mean([b[s]-a[s] for s in both]):.2f}' if both else '') and row.seeds == (str(len(both)) if both else '')
+    assert len(small)==6
