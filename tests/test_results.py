@@ -84,7 +84,7 @@ def test_nothing_is_made_up(monkeypatch):
     assert not len(space['runs']) and said.count('ot run yet') > 14 and 'complete' not in text(shown['a3000009'])
     assert space['advice']()=='*Not run yet, so there is no advice yet.*' and space['where_text']()=='*Not run yet.*' and 'nothing has been run' in space['time_text']()
     assert 'not been run' in space['base_text']() and 'holds' not in said and '**' not in said
-    assert (space['settings'].verdict=='not tested yet').all() and (space['settings'].gain=='not run yet').all()
+    assert (space['settings'].verdict=='').all() and (space['settings'][['without','with it']]=='not run yet').all(axis=None)
 
 def test_schedules_need_no_records(monkeypatch):
     "Rates from the recipes: a cosine from step 0, at epoch 40 and at the end"
@@ -140,7 +140,7 @@ def test_half_done(monkeypatch):
     recs = fakes(lambda r: r.seed==0 and r.epochs==100 and r.lambda_drloc!=1.75) + fakes(lambda r: r.bs==1024 and r.epochs==101 and r.drloc=='none', epochs=12)
     space,shown = page(swin, recs, monkeypatch)
     assert 'cut short after 12 of 101 epochs' in text(shown['a3000009']) and [*space['gains'].verdict] == ['no verdict']*2
-    assert space['where_text']()=='*Not run yet.*' and [*space['settings'].gain] == ['2.00','1.00','not run yet','not run yet'] and 'Too few seeds' in space['advice']()
+    assert space['where_text']()=='*Not run yet.*' and [*space['settings'].gain] == ['2.00','1.00','',''] and 'Too few seeds' in space['advice']()
     assert [*shown['a3000020']['at epoch 40']] == ['79.20',*['not run yet']*3] and shown['a3000020'].iloc[3]['best epoch']=='not run yet'
 
 @pytest.mark.parametrize('gain,said', [(-2.,'It does not help here'), (0.,'It does not help here')])
