@@ -1,7 +1,7 @@
 "The benchmark's processes: turns, failures, a Learner that waits, the rival"
 from importlib.util import find_spec
 import json, math, os, subprocess, sys, time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 import pytest, torch
 from vt_drloc import bench
 from vt_drloc.bench import *
@@ -60,6 +60,55 @@ def test_side_task_is_in_the_step():
     b = mlp(); run.step('eager side')
     assert torch.equal(a, b) and not torch.equal(b, mlp())
 
+def weights(run): return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+@pytest.mark.parametrize('model', ['demo_cvt','swin_mini','cvt_13_mini'])                  # (B, D, h, w), (B, h, w, D), (B, 1 + hw, D)
+def test_pieces_of_the_side_task_add_up(model):
+    "A piece alone trains the network as if there were none, draws the same pairs, and leaves the MLP; compiled or not"
+    case = Case(name='parts', batch=4, drop_path=0., **{**tiny, 'model':model}, arms=('eager','eager draw','eager grid','eager side',*(['alone','compiled grid','compiled side'] if model=='demo_cvt' else [])))
+    seen = {}
+    for arm in case.arms:
+        torch.manual_seed(0)
+        run = Steps(case, 'cpu')
+        mlp = [p.detach().clone() for p in run.drloc.parameters()]
+        loss = run.step(arm)
+        moved = [not torch.equal(p, q) for p,q in zip(mlp, run.drloc.parameters())]
+        assert all(moved) if arm.endswith('side') else not any(moved)
+        seen[arm] = loss,weights(run),run.generator.get_state()
+        torch.compiler.reset()
+    drawn = {a:s for a,(_,_,s) in seen.items() if ' ' in a}
+    assert all(torch.equal(s, drawn['eager side']) for s in drawn.values()) and not torch.equal(seen['eager'][2], drawn['eager side'])
+    for arm in ('eager draw','eager grid'): assert all(torch.equal(a, b) for a,b in zip(seen[arm][:2], seen['eager'][:2]))
+    for a,b in (('alone','eager'),('compiled grid','eager'),('compiled side','eager side')):
+        if a not in seen: continue
+        for x,y in zip(seen[a][:2], seen[b][:2]): torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
+    assert seen['eager side'][0]>seen['eager'][0]+.01
+
+def test_the_compiled_side_task_begins_at_the_features():
+    "One graph, from tokens with a class token to the loss, the same loss and gradients; the piece of the grid sends zeros back"
+    run = Steps(Case(name='parts', batch=4, arms=('eager','eager side'), **{**tiny, 'model':'cvt_13_mini'}), 'cpu')
+    f,pairs = run.model.forward_features(run.x).detach().requires_grad_(),torch.randint(64, (4,64,2))
+    got = {(how,k): (l,*torch.autograd.grad(l, f)) for how,d in run.judges.items() for k,judge in d.items() for l in [judge(f, pairs)]}
+    torch.compiler.reset()
+    for k in ('side','grid'):
+        for a,b in zip(got['compiled',k], got['eager',k]): torch.testing.assert_close(a, b)
+    assert got['eager','side'][1][:,1:].any() and not got['eager','side'][1][:,0].any()
+    assert got['eager','grid'][1].shape==f.shape and not got['eager','grid'][1].any()
+    assert torch._dynamo.explain(run.judges['eager']['side'])(f, pairs).graph_break_count==0
+
+def test_steps_that_lead_a_block_are_not_timed(monkeypatch):
+    run,done = Steps(Case(name='lead', batch=4, lead=3, arms=('eager',), **tiny), 'cpu'),[]
+    monkeypatch.setattr(run, 'step', lambda arm: time.sleep(.05 if len(done)<3 else 0.) or done.append(arm))
+    assert run.block('eager', 2)<.02 and done==['eager']*5
+
+def test_pieces_by_hand():
+    ms = dict(zip(bench.PARTS, (19.9,20.,20.01,20.05,20.2)))
+    rows = [dict(name='swin_t', arm=a, batch=8, block_s=[1e-3*(s+d) for d in (.1,0.,-.1)]) for a,s in ms.items()]       # a drift that all arms share
+    found = side_parts(rec('parts', *rows, dict(name='broken', error='no memory')))
+    assert [r['us'] for r in found]==pytest.approx([100,10,40,150,200]) and all(r['high']-r['low']<1e-6 for r in found)
+    assert found[-1]['share']==pytest.approx(.01) and sum(r['us'] for r in found[1:4])==pytest.approx(found[-1]['us'])
+    assert [r['piece'] for r in side_parts(rec('parts', *rows[1:3]))]==['+ drawing pairs']
+
 def test_ratio_by_hand():
     r,lo,hi = ratio([2.,8.], [1.,2.])                       # logs log 2 and log 4
     assert math.isclose(r, 8**.5) and lo<r<hi
@@ -78,6 +127,8 @@ def test_sections_are_what_they_say():
     for name,batch in (('side',128),('side512',512)):
         assert {c.model for c in SECTIONS[name]}==vts
         assert all((c.batch,c.size,c.arms)==(batch,224,('compiled','compiled side','eager','eager side')) for c in SECTIONS[name])
+    assert [(c.model,c.batch,c.arms,c.lead,c.mode) for c in SECTIONS['parts']]==[(c.model,128,bench.PARTS,2,'reduce-overhead') for c in SECTIONS['side']]
+    assert [replace(p, section='side', arms=s.arms) for p,s in zip(SECTIONS['parts'], SECTIONS['side'])]==SECTIONS['side']
     small = {(c.model,c.size,c.batch) for c in SECTIONS['side_small']}
     assert small=={('resnet50',224,128),('resnet50',224,512),*((m,32,512) for m in ('t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini'))}
     assert set(GOALS)<=set(SECTIONS)

@@ -310,6 +310,23 @@ def test_compiled_loss():
     assert cb.compiled is not None and copy.deepcopy(cb).compiled is None
     torch.compiler.reset()
 
+def test_compiled_loss_of_a_network_with_a_class_token():
+    "It begins at the features: from the class token's network to the loss in one graph; another size and another fit go on"
+    seen = []
+    def backend(g, example):
+        seen.append([tuple(o.shape) for o in example if o.ndim==3])
+        return g
+    from vt_drloc.vit import ViT
+    make = lambda: ViT(img_size=8, patch=2, dim=16, depth=1, heads=2, num_classes=3)
+    cb = drloc(compile=dict(backend=backend, fullgraph=True, dynamic=False))
+    ref,learn = learner(drloc(), model=make()),learner(cb, model=make())
+    learn.model.load_state_dict(ref.model.state_dict())
+    for l in (ref,learn): l.fit(1); l.fit(1)
+    near(weights(ref.model), weights(learn.model))
+    near(mlp(ref), mlp(learn))
+    torch.compiler.reset()
+    assert len(seen)==1 and any(s[1]==17 for s in seen[0])
+
 def test_a_step_that_dies_leaves_no_autocast():
     "Left open, autocast keeps its copies of the weights, and nothing that is trained afterwards learns"
     class Half(MixedPrecision):
@@ -599,7 +616,7 @@ def test_global_generator_is_left_alone():
 def test_export_loads_without_the_package(tmp_path):
     import timm
     dls = images(tmp_path, side=32)
-    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=2)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3)
     learn = learner(drloc(hidden=512), model=model, dls=dls, metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=ShortEpochCallback(pct=0.1))
     learn.export('a.pkl')

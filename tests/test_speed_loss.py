@@ -49,6 +49,18 @@ def test_bfloat16(h, w, m):
         assert a.dtype==b.dtype and far(a, b)<(1e-4 if k in (0,3,4,5) else 1e-2)
 
 @kernels
+@pytest.mark.parametrize('h,w', [(3,3),(6,6)])
+@pytest.mark.parametrize('prefix', [1,2])
+def test_tokens_behind_a_class_token(h, w, prefix):
+    "Looked up where they lie: the same bits as from a copy, and no gradient for the class token"
+    mlp,grid,pairs = inputs(B=3, h=h, w=w)
+    tokens = torch.cat([torch.full((3,prefix,16), float('nan'), device=device), grid.detach().flatten(2).mT], 1).requires_grad_()
+    view = lambda f: f[:,prefix:].mT.unflatten(2, (h,w))
+    got,want = grads(lambda m,f,p: pair_losses(m, view(f), p), mlp, tokens, pairs),grads(pair_losses, mlp, grid, pairs)
+    assert torch.equal(view(got[1]), want[1]) and not got[1][:,:prefix].any()
+    for k in (0,2,3,4,5): assert torch.equal(got[k], want[k])
+
+@kernels
 def test_autocast_changes_nothing():
     args = inputs()
     want = grads(pair_losses, *args)
@@ -60,7 +72,8 @@ def test_autocast_changes_nothing():
 def test_operations_obey_pytorch(h, w):
     mlp,grid,pairs = inputs(h=h, w=w)
     (l1,_,l2),cells = mlp,grid.flatten(2).transpose(1,2)
-    for x in (cells, torch.randn(2,16,h*w, device=device).transpose(1,2)):        # in memory as tokens, and as a convolution's grid
+    behind = torch.randn(2,1+h*w,16, device=device)[:,1:]
+    for x in (cells, torch.randn(2,16,h*w, device=device).transpose(1,2), behind):        # in memory as tokens, as a convolution's grid, and behind a class token
         leaves = [o.detach().clone().requires_grad_() for o in (x,l1.weight,l1.bias,l2.weight,l2.bias)]
         torch.library.opcheck(_losses, (leaves[0],pairs,*leaves[1:],h,w))
 

@@ -205,22 +205,26 @@ def _part(self:DrlocCallback):
 @patch
 def before_batch(self:DrlocCallback): self.tap.out = None
 
+def _from_features(loss_fn, adapter, f, hw, pairs): return loss_fn(adapter.grid(f, hw), pairs=pairs)
+
 @patch
-def _judge(self:DrlocCallback, grid):
-    "The side task's loss; a compiled one gets its pairs, since a graph cannot draw from a generator"
+def _judge(self:DrlocCallback, grid, f, hw):
+    "The side task's loss; a compiled one gets its pairs, since a graph cannot draw from a generator, and the features, so that their gradient is written once"
     if self.compile is None or type(self.loss_fn) is not DrlocLoss: return self.loss_fn(grid, generator=self.generator)
-    if self.compiled is None: self.compiled = torch.compile(self.loss_fn.forward, **self.compile)
-    return self.compiled(grid, pairs=sample_pairs(len(grid), self.m, *grid.shape[2:], grid.device, self.generator))
+    if self.compiled is None: self.compiled = torch.compile(_from_features, **self.compile)
+    pairs = sample_pairs(len(grid), self.m, *grid.shape[2:], grid.device, self.generator)
+    return self.compiled(self.loss_fn, self.tap.adapter, f.as_subclass(torch.Tensor), tuple(hw), pairs)
 
 @patch
 def after_loss(self:DrlocCallback):
     "Add the weighted side task to the loss"
-    grid = self.tap.pop(self.xb[0].shape[-2:])
+    f,hw = self.tap.out,self.xb[0].shape[-2:]
+    grid = self.tap.pop(hw)
     if self.joined is None:
         self._ready(grid)
         self._join()
     self.lam = self.weight(self.pct_train)
-    with torch.set_grad_enabled(self.lam > 0): drloc = self._judge(grid)
+    with torch.set_grad_enabled(self.lam > 0): drloc = self._judge(grid, f, hw)
     self.sums,self.steps = self.sums + torch.stack([self.loss_grad.detach().float(), drloc.detach()]),self.steps+1
     if self.lam == 0: return
     self.learn.loss_grad = self.loss_grad + self.lam*drloc

@@ -123,59 +123,70 @@ def _times_back(dpre, x, w):
     dw = d.T @ x if x.dtype==w.dtype else torch.mm(d.T, x, out_dtype=torch.float32) if x.is_cuda else d.T.float() @ x.float()
     return d @ w.to(x.dtype),dw
 
+# %% ../nbs/21_speed_loss.ipynb #9a27c0e2
+def _in_a_row(cells):
+    "All cells, one a row, where they lie; and the rows from an image to the next, which are more than its cells if a class token stands before them"
+    (B,N,D),(image,cell,one) = cells.shape,cells.stride()
+    if (cell,one)!=(D,1) or image%D or image<N*D: return cells.reshape(B*N, D),N
+    return cells.as_strided(((B-1)*(image//D) + N, D), (D,1)),image//D
+
 # %% ../nbs/21_speed_loss.ipynb #716c9f7b
 def _cells_first(cells, pairs): return cells.shape[1] <= min(64, pairs.shape[1])
 
 def _rows(cells, pairs, w1):
-    "What the first layer multiplies, its weights for that, and the place of each row among the cells"
+    "What the first layer multiplies, and its weights for that"
     B,N,D = cells.shape
-    x = cells.reshape(B*N, D)
-    if _cells_first(cells, pairs): return x,w1.view(-1, 2, D).transpose(0, 1).reshape(-1, D),None
-    at = torch.add(pairs, torch.arange(B, device=pairs.device)[:,None,None], alpha=N).flatten()
-    return x.index_select(0, at).view(-1, 2*D),w1,at
+    if _cells_first(cells, pairs): return cells.reshape(B*N, D),w1.view(-1, 2, D).transpose(0, 1).reshape(-1, D)
+    x,apart = _in_a_row(cells)
+    return x.index_select(0, _places(pairs, apart)).view(-1, 2*D),w1
+
+def _places(pairs, apart):
+    "The row of each pair's cells, if images are so many rows apart"
+    return torch.add(pairs, torch.arange(len(pairs), device=pairs.device)[:,None,None], alpha=apart).flatten()
 
 def _sizes(cells, pairs, hidden, most):
     block = min(most, hidden & -hidden)                     # the largest power of 2 in `hidden`, at most `most`
     return dict(H=hidden, BH=block, CELLS=_cells_first(cells, pairs))
 
+
 # %% ../nbs/21_speed_loss.ipynb #633430bc
 @torch.library.custom_op('vt_drloc::pair_losses', mutates_args=())
 def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor,
-            b2:torch.Tensor, rows:int, cols:int)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
+            b2:torch.Tensor, rows:int, cols:int)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
     with torch.autocast(cells.device.type, enabled=False):
-        x,w,_ = _rows(cells, pairs, w1)
+        x,w = _rows(cells, pairs, w1)
         pre,(B,m,_) = _times(x, w),pairs.shape
     error,sign,sizes = pre.new_empty(B, m),pre.new_empty(B, m, 2),_sizes(cells, pairs, len(b1), 128)
     _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **sizes)
-    return error,sign,pre
+    return error,sign,pre,cells.new_empty(0) if sizes['CELLS'] else x
 
 @torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
 def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor,
-                     sign:torch.Tensor, derror:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
+                     sign:torch.Tensor, x:torch.Tensor, derror:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,N,D),m,s = cells.shape,pairs.shape[1],_sizes(cells, pairs, len(b1), 64)
-    x,w,at = _rows(cells, pairs, w1)
+    x,w = _rows(cells, pairs, w1) if s['CELLS'] else (x,w1)
     dpre,parts = torch.empty_like(pre, dtype=x.dtype),pre.new_empty(B, 3*len(b1)+2)
     least = lambda n: max(16, triton.next_power_of_2(n))
     _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, NB=least(N) if s['CELLS'] else 16,
                                        BM=min(32 if s['CELLS'] else 64, least(m)), LOW=x.dtype==torch.bfloat16 and x.is_cuda, **s)
     with torch.autocast(cells.device.type, enabled=False): dx,dw = _times_back(dpre, x, w)
     if s['CELLS']: dw = dw.view(2, -1, D).transpose(0, 1)
-    else: dx = pre.new_zeros(B*N, D).index_add_(0, at, dx.view(-1, D).float()).to(cells.dtype)
+    else: dx = pre.new_zeros(B*N, D).index_add_(0, _places(pairs, N), dx.view(-1, D).float()).to(cells.dtype)
     return dx.view(B, N, D),dw.reshape(-1, 2*D),parts.sum(0)
 
 # %% ../nbs/21_speed_loss.ipynb #7a719414
 @_losses.register_fake
 def _(cells, pairs, w1, b1, w2, b2, rows, cols):
     B,m,_ = pairs.shape
-    n,H = (B*cells.shape[1],2*len(b1)) if _cells_first(cells, pairs) else (B*m,len(b1))
-    return w1.new_empty(B, m),w1.new_empty(B, m, 2),w1.new_empty(n, H)
+    n,H,x = (B*cells.shape[1],2*len(b1),(0,)) if _cells_first(cells, pairs) else (B*m,len(b1),(B*m,w1.shape[1]))
+    return w1.new_empty(B, m),w1.new_empty(B, m, 2),w1.new_empty(n, H),cells.new_empty(x)
 
 @_losses_backward.register_fake
-def _(cells, pairs, w1, b1, w2, pre, sign, derror): return cells.new_empty(cells.shape),w1.new_empty(w1.shape),w1.new_empty(3*len(b1)+2)
+def _(cells, pairs, w1, b1, w2, pre, sign, x, derror): return cells.new_empty(cells.shape),w1.new_empty(w1.shape),w1.new_empty(3*len(b1)+2)
 
 def _keep(ctx, inputs, output):
     cells,pairs,w1,b1,w2,*_ = inputs
-    ctx.save_for_backward(cells, pairs, w1, b1, w2, output[2], output[1])
+    ctx.save_for_backward(cells, pairs, w1, b1, w2, output[2], output[1], output[3])
     ctx.set_materialize_grads(False)
 
 def _gradients(ctx, derror, *_):
