@@ -30,7 +30,8 @@ def record(run, epochs=None):
     es = [dict(epoch=i, accuracy=a/100, train_loss=2.3-.01*i, drloc=.2, train_s=60., wall_s=60.*(i+1), grad_norm=2.+bad, grad_norm_max=4.+(i==7)*2+bad*90) for i,a in enumerate(accs)]
     at = {'images': [1.25,1.25], 'scrambled pixels': [1.5,1.5], 'constant image': [2.,2.]}
     return dict(status='complete' if n==e.epochs else 'cut short', recipe=asdict(r), data=dict(name=e.data, size=[r.size]*2, held='device'), hardware=dict(device='GPU', gpu=f'{e.seed}{e.bs}'), epochs=es,
-                wall_s=60.*n, runs_on_device=2, started='2026-01-01T00:00:00Z', revision='r'*40, versions=dict(torch='2'), position=dict(probe=dict(grid=[7,7], guessing=[1.5,1.5], error=at, steps=600)))
+                wall_s=60.*n, runs_on_device=2, started='2026-01-01T00:00:00Z', revision='r'*40, versions=dict(torch='2'), position=dict(probe=dict(grid=[7,7], guessing=[1.5,1.5], error=at, steps=600)),
+                attention=[dict(block=f'b{i}', distance=[2.,3.], even=[3.5,3.5], entropy=[.5,1.-.5*bad], image=[.25,.5]) for i in range(12)])
 
 def fakes(only=lambda r: True, **kw): return [record(o, **kw) for o in read_plan(plan) if only(o.recipe)]
 
@@ -126,6 +127,11 @@ def test_inside(full):
     m = full[0]['measured'].set_index('batch')
     assert m.loc['512',['largest norm','in epoch','epochs with clipping']].tolist() == [6,8,1] and m.loc['1,024',['largest norm','in epoch','epochs with clipping']].tolist() == [96,8,101]
     assert m.loc['512','loss, epoch 40'] == pytest.approx(1.91) and [*full[0]['know'][full[0]['know'].measure=='probe'].images] == [1.25]*2
+
+def test_attention_of_the_two(full, monkeypatch):
+    "A line for each of the two whole runs; without their records, a word instead"
+    assert list(full[0]['heads']) == [full[0]['kind'](k) for k in full[0]['whole']] and len(full[0]['heads']) == 2
+    assert text(page(swin, [], monkeypatch)[1]['a3000033'])=='*Not run yet.*'
 
 def test_each_setting(full):
     s = full[0]['settings']
