@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest
 from scipy import stats
 from dataclasses import asdict
-from vt_drloc.evidence import (CLAIMS, Runner, arm, arms_table, claims_markdown, claims_table, common, contrast, cost_table, faster_table, first_reached, gains_table, gpu_minutes, interval,
+from vt_drloc.evidence import (CLAIMS, SETTING, Runner, arm, tidy, arms_table, claims_markdown, claims_table, common, contrast, cost_table, faster_table, first_reached, gains_table, gpu_minutes, interval,
                                main, overall, plan_grid, plan_status, planned, plot_accuracy, plot_gains, plot_learning, position_table, reach_table, read_plan, runs_table, verdict)
 from vt_drloc.train import Recipe, read_records
 
@@ -393,3 +393,12 @@ def test_claims_have_a_place_and_a_page():
         assert all((root/'nbs/results'/p).exists() for p in page.split())
     md = claims_markdown(claims_table(runs_table(three())))
     assert md.count('\n') == len(CLAIMS)+1 and '**holds**' in md and md.count('](02_small_32px.ipynb)') >= 3
+
+def test_a_table_for_a_page():
+    "Settings that are not asked for go, an interval is one column, numbers have two decimals, the names of arms are short"
+    t = tidy(gains_table(runs_table(three())), 'data','model')
+    assert [*t.index.names] == ['data','model'] and [*t.columns] == ['seeds','without','with','gain','95 %','verdict','extra min']
+    lo,hi = interval([1.,1.1,.9])
+    assert t['95 %'].iloc[0] == f'{lo:.2f}\xa0to\xa0{hi:.2f}' and t.gain.iloc[0] == 1.
+    one = gains_table(runs_table(three(gain=(1.,))))
+    assert tidy(one, 'data')['95 %'].tolist() == [''] and 'bs' in tidy(one, 'bs').index.names and not set(SETTING) & {*tidy(one, 'bs').columns}

@@ -104,7 +104,6 @@ class _Whole(nn.Module):
         f = self.m.forward_features(x)
         return self.m.forward_head(f),f if self.features else None
 
-
 # %% ../nbs/22_bench.ipynb #3c2351c3
 @patch
 def _compiling(self:Steps):
@@ -510,7 +509,6 @@ def side_parts(
             us,low,high = interval([1e6*(p-q) for p,q in zip(secs[name,a], secs[name,b], strict=True)])
             rows.append(dict(name=name, piece=piece, us=us, low=low, high=high, share=us/1e6/mean(secs[name,b])))
     return rows
-
 
 # %% ../nbs/22_bench.ipynb #d115601f
 _full = dict(drloc='paper', tfms='paper', compile=True, warmup=0)

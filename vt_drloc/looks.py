@@ -41,6 +41,7 @@ def _asked(q, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=N
     if is_causal or enable_gqa: raise ValueError(f"is_causal={is_causal}, enable_gqa={enable_gqa}: only attention in which every query has keys of its own and none is causal can be looked into")
     return q,key,attn_mask,scale
 
+# %% ../nbs/16_looks.ipynb #5e1d0021
 @contextmanager
 def overhear(
     model:nn.Module, # Any network that uses `F.scaled_dot_product_attention`
@@ -48,10 +49,11 @@ def overhear(
 ):
     "Within it, `note` hears of every attention"
     at,hooks = [],[]
+    def leave(*_): at.pop()
     fused = [m for m in model.modules() if isinstance(m, WindowAttention) and type(m).forward is not WindowAttention.forward]
     for name,m in model.named_modules():
         hooks.append(m.register_forward_pre_hook(lambda m, _, name=name: at.append((name,m))))
-        hooks.append(m.register_forward_hook(lambda *_: at.pop() and None, always_call=True))
+        hooks.append(m.register_forward_hook(leave, always_call=True))
     for m in fused: m.forward = MethodType(WindowAttention.forward, m)
     try:
         with torch.compiler.set_stance('force_eager'), _Ear(lambda *a: note(*at[-1], *a)): yield

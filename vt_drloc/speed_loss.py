@@ -148,7 +148,6 @@ def _sizes(cells, pairs, hidden, most):
     block = min(most, hidden & -hidden)                     # the largest power of 2 in `hidden`, at most `most`
     return dict(H=hidden, BH=block, CELLS=_cells_first(cells, pairs))
 
-
 # %% ../nbs/21_speed_loss.ipynb #633430bc
 @torch.library.custom_op('vt_drloc::pair_losses', mutates_args=())
 def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor,
