@@ -517,12 +517,13 @@ class Position(Callback):
         half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision)
         try:
             with torch.autocast(dev.type, half, enabled=half is not None), torch.compiler.set_stance('force_eager'):
-                found = position_report(self.model, some_images(self.dls.valid, self.images), task and task.loss_fn, task and task.where, steps)
+                record.rec['position'] = position_report(self.model, some_images(self.dls.valid, self.images), task and task.loss_fn, task and task.where, steps)
                 record.rec['attention'] = _looks(unwrap(self.model), self.dls.valid, 128 if dev.type=='cuda' else 16)
-        finally: set_generators(self.learn, state)
-        record.apart = time.perf_counter()-start
-        record.rec['position'] = dict(found, seconds=round(record.apart, 2))
-        record.write()
+        finally:
+            set_generators(self.learn, state)
+            record.apart = time.perf_counter()-start
+            if 'position' in record.rec: record.rec['position']['seconds'] = round(record.apart, 2)
+            record.write()
 
 # %% ../nbs/10_train.ipynb #b1a50012
 def _own(r):
