@@ -97,7 +97,7 @@ def test_the_compiled_side_task_begins_at_the_features():
     assert torch._dynamo.explain(run.judges['eager']['side'])(f, pairs).graph_break_count==0
 
 def test_steps_that_lead_a_block_are_not_timed(monkeypatch):
-    run,done = Steps(Case(name='lead', batch=4, lead=3, arms=('eager',), **tiny), 'cpu'),[]
+    run,done = Steps(Case(name='lead', batch=4, lead=.45, arms=('eager',), **tiny), 'cpu'),[]
     monkeypatch.setattr(run, 'step', lambda arm: time.sleep(.05 if len(done)<3 else 0.) or done.append(arm))
     assert run.block('eager', 2)<.02 and done==['eager']*5
 
@@ -127,7 +127,7 @@ def test_sections_are_what_they_say():
     for name,batch in (('side',128),('side512',512)):
         assert {c.model for c in SECTIONS[name]}==vts
         assert all((c.batch,c.size,c.arms)==(batch,224,('compiled','compiled side','eager','eager side')) for c in SECTIONS[name])
-    assert [(c.model,c.batch,c.arms,c.lead,c.mode) for c in SECTIONS['parts']]==[(c.model,128,bench.PARTS,2,'reduce-overhead') for c in SECTIONS['side']]
+    assert [(c.model,c.batch,c.arms,c.lead,c.mode) for c in SECTIONS['parts']]==[(c.model,128,bench.PARTS,.3,'reduce-overhead') for c in SECTIONS['side']]
     assert [replace(p, section='side', arms=s.arms) for p,s in zip(SECTIONS['parts'], SECTIONS['side'])]==SECTIONS['side']
     small = {(c.model,c.size,c.batch) for c in SECTIONS['side_small']}
     assert small=={('resnet50',224,128),('resnet50',224,512),*((m,32,512) for m in ('t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini'))}

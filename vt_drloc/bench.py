@@ -48,7 +48,7 @@ class Case:
     cores:int = 0 # Hold the process to so many cores once it is warm; 0: leave it free
     processes:int = 1 # GPUs that share each batch
     judged:int = 0 # Images that a Learner is judged on after each epoch; 0: two batches
-    lead:int = 0 # Steps before each block that are not timed
+    lead:float = 0. # Seconds of steps before each block that are not timed
     steps:int = 0 # A block; 0: as many as fit in `seconds`
     seconds:float = .3 # Wanted length of a block
 
@@ -127,9 +127,9 @@ def step(self:Steps,
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision=='bf16'):
         logits,f = self.forwards[how](self.x)
         loss = F.cross_entropy(logits.float(), self.y)
-    if side:
-        pairs = sample_pairs(len(f), self.drloc.m, *self.cells, f.device, self.generator)
-        if side!=['draw']: loss = loss + .1*self.judges[how][side[0]](f, pairs)
+        if side:
+            pairs = sample_pairs(len(f), self.drloc.m, *self.cells, f.device, self.generator)
+            if side!=['draw']: loss = loss + .1*self.judges[how][side[0]](f, pairs)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self.params, 5., foreach=True)
     self.opt.step()
@@ -140,7 +140,7 @@ def step(self:Steps,
 @patch
 def block(self:Steps, arm, n):
     "Seconds of one of `n` steps"
-    for _ in range(self.case.lead): self.step(arm)
+    for _ in range(math.ceil(n*self.case.lead/self.case.seconds)): self.step(arm)
     wait = torch.cuda.synchronize if self.device.type=='cuda' else lambda: None
     wait()
     t = time.perf_counter()
@@ -470,7 +470,7 @@ SECTIONS['modes'] = [_swin(name=mode or 'default', section='modes', batch=256, m
 # %% ../nbs/22_bench.ipynb #e67106f2
 def _with_side(section, model, batch, size=224, arms=('compiled','compiled side','eager','eager side'), **kw):
     "A case with and without the side task"
-    swin,graphs = dict(drop_path=.2, **_fast) if model=='swin_t' else {},dict(mode='reduce-overhead', lead=2) if 'compiled' in arms else {}
+    swin,graphs = dict(drop_path=.2, **_fast) if model=='swin_t' else {},dict(mode='reduce-overhead', lead=.3) if 'compiled' in arms else {}
     return Case(section, f'{model}, batch {batch}', model=model, batch=batch, size=size, arms=arms, **{**swin, **graphs, **kw})
 
 _vts,_minis = ('swin_t','t2t_vit_14','cvt_13_gap'),('t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini')

@@ -117,11 +117,15 @@ def _times(x, w):
     "(n, D) times the transpose of (H, D), in float32"
     return x.to(w.dtype) @ w.T
 
-def _times_back(dpre, x, w):
-    "Gradients of the rows, in their precision, and of the weights, in float32"
-    d = dpre.view(len(x), -1)
-    dw = d.T @ x if x.dtype==w.dtype else torch.mm(d.T, x, out_dtype=torch.float32) if x.is_cuda else d.T.float() @ x.float()
-    return d @ w.to(x.dtype),dw
+def _product(a, b, dtype):
+    "A product whose sums are in float32"
+    if not a.is_cuda: return (a.float() @ b.float()).to(dtype)
+    return a @ b if a.dtype==dtype else torch.mm(a, b, out_dtype=dtype)
+
+def _times_back(dpre, x, w, dtype):
+    "Gradients of the rows, and of the weights in float32"
+    d,x,w = dpre.view(len(x), -1),x.to(dpre.dtype),w.to(dpre.dtype)
+    return _product(d, w, dtype),_product(d.T, x, torch.float32)
 
 # %% ../nbs/21_speed_loss.ipynb #9a27c0e2
 def _in_a_row(cells):
@@ -148,10 +152,32 @@ def _sizes(cells, pairs, hidden, most):
     block = min(most, hidden & -hidden)                     # the largest power of 2 in `hidden`, at most `most`
     return dict(H=hidden, BH=block, CELLS=_cells_first(cells, pairs))
 
+# %% ../nbs/21_speed_loss.ipynb #9a27c0e6
+@jit
+def _pairs_to_cells(dx, pairs, dcells, M, N, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, NB: tl.constexpr, LOW: tl.constexpr):
+    "Add up the gradients of an image's looked-up rows, two a pair, at their cells"
+    b,n,c = tl.program_id(0).to(tl.int64),tl.program_id(1)*NB + tl.arange(0, NB),tl.program_id(2)*BD + tl.arange(0, BD)
+    total = tl.zeros((NB, BD), tl.float32)
+    for start in range(0, 2*M, BM):
+        k = start + tl.arange(0, BM)
+        ok = k < 2*M
+        cell = tl.load(pairs + b*2*M + k, mask=ok, other=-1)
+        d = tl.load(dx + (b*2*M + k[:,None])*D + c[None,:], mask=ok[:,None] & (c < D)[None,:], other=0.)
+        one = (n[:,None] == cell[None,:]).to(tl.float32)
+        total += tl.dot(one.to(tl.bfloat16), d) if LOW else tl.dot(one, d.to(tl.float32), input_precision='tf32x3')
+    tl.store(dcells + (b*N + n[:,None])*D + c[None,:], total.to(dcells.dtype.element_ty), mask=(n < N)[:,None] & (c < D)[None,:])
+
+def _at_cells(dx, pairs, N, dtype):
+    "(B, N, D) sums of (2 m B, D) gradients"
+    (B,M,_),D = pairs.shape,dx.shape[-1]
+    dcells,(NB,BD) = dx.new_empty(B, N, D, dtype=dtype),(64,128)
+    _pairs_to_cells[B,triton.cdiv(N, NB),triton.cdiv(D, BD)](dx, pairs, dcells, M, N, D, BD=BD, BM=32, NB=NB, LOW=dx.dtype==torch.bfloat16 and dx.is_cuda)
+    return dcells
+
 # %% ../nbs/21_speed_loss.ipynb #633430bc
 @torch.library.custom_op('vt_drloc::pair_losses', mutates_args=())
 def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor,
-            b2:torch.Tensor, rows:int, cols:int)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
+            b2:torch.Tensor, rows:int, cols:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
     with torch.autocast(cells.device.type, enabled=False):
         x,w = _rows(cells, pairs, w1)
         pre,(B,m,_) = _times(x, w),pairs.shape
@@ -161,38 +187,38 @@ def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Te
 
 @torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
 def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor,
-                     sign:torch.Tensor, x:torch.Tensor, derror:torch.Tensor)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
+                     sign:torch.Tensor, x:torch.Tensor, derror:torch.Tensor, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,N,D),m,s = cells.shape,pairs.shape[1],_sizes(cells, pairs, len(b1), 64)
     x,w = _rows(cells, pairs, w1) if s['CELLS'] else (x,w1)
-    dpre,parts = torch.empty_like(pre, dtype=x.dtype),pre.new_empty(B, 3*len(b1)+2)
+    dpre,parts = torch.empty_like(pre, dtype=torch.bfloat16 if low else torch.float32),pre.new_empty(B, 3*len(b1)+2)
     least = lambda n: max(16, triton.next_power_of_2(n))
     _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, NB=least(N) if s['CELLS'] else 16,
-                                       BM=min(32 if s['CELLS'] else 64, least(m)), LOW=x.dtype==torch.bfloat16 and x.is_cuda, **s)
-    with torch.autocast(cells.device.type, enabled=False): dx,dw = _times_back(dpre, x, w)
+                                       BM=min(32 if s['CELLS'] else 64, least(m)), LOW=low and x.is_cuda, **s)
+    with torch.autocast(cells.device.type, enabled=False): dx,dw = _times_back(dpre, x, w, cells.dtype if s['CELLS'] else dpre.dtype)
     if s['CELLS']: dw = dw.view(2, -1, D).transpose(0, 1)
-    else: dx = pre.new_zeros(B*N, D).index_add_(0, _places(pairs, N), dx.view(-1, D).float()).to(cells.dtype)
+    else: dx = _at_cells(dx.view(-1, D), pairs, N, cells.dtype)
     return dx.view(B, N, D),dw.reshape(-1, 2*D),parts.sum(0)
 
 # %% ../nbs/21_speed_loss.ipynb #7a719414
 @_losses.register_fake
-def _(cells, pairs, w1, b1, w2, b2, rows, cols):
+def _(cells, pairs, w1, b1, w2, b2, rows, cols, low):
     B,m,_ = pairs.shape
     n,H,x = (B*cells.shape[1],2*len(b1),(0,)) if _cells_first(cells, pairs) else (B*m,len(b1),(B*m,w1.shape[1]))
     return w1.new_empty(B, m),w1.new_empty(B, m, 2),w1.new_empty(n, H),cells.new_empty(x)
 
 @_losses_backward.register_fake
-def _(cells, pairs, w1, b1, w2, pre, sign, x, derror): return cells.new_empty(cells.shape),w1.new_empty(w1.shape),w1.new_empty(3*len(b1)+2)
+def _(cells, pairs, w1, b1, w2, pre, sign, x, derror, low): return cells.new_empty(cells.shape),w1.new_empty(w1.shape),w1.new_empty(3*len(b1)+2)
 
 def _keep(ctx, inputs, output):
-    cells,pairs,w1,b1,w2,*_ = inputs
+    cells,pairs,w1,b1,w2,*_,ctx.low = inputs
     ctx.save_for_backward(cells, pairs, w1, b1, w2, output[2], output[1], output[3])
     ctx.set_materialize_grads(False)
 
 def _gradients(ctx, derror, *_):
-    if derror is None: return (None,)*8
-    dcells,dw1,parts = _losses_backward(*ctx.saved_tensors, derror)
+    if derror is None: return (None,)*9
+    dcells,dw1,parts = _losses_backward(*ctx.saved_tensors, derror, ctx.low)
     H = len(ctx.saved_tensors[3])
-    return dcells,None,dw1,parts[:H],parts[H:3*H].view(2, H),parts[3*H:],None,None
+    return dcells,None,dw1,parts[:H],parts[H:3*H].view(2, H),parts[3*H:],None,None,None
 
 _losses.register_autograd(_gradients, setup_context=_keep)
 
@@ -206,6 +232,11 @@ def fits(
     if not shape or mlp[0].weight.dtype!=torch.float32: return False
     return can_fuse(grid) and grid.device==mlp[0].weight.device and grid.dtype in (torch.float32,torch.bfloat16)
 
+def _half(x):
+    "Do the network's own layers round their gradients to bfloat16?"
+    kind = x.device.type
+    return x.dtype==torch.bfloat16 or torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)==torch.bfloat16
+
 def pair_losses(
     mlp:nn.Module, # A localization MLP in float32
     grid:torch.Tensor, # (B, D, h, w) embeddings
@@ -215,4 +246,4 @@ def pair_losses(
     if not fits(mlp, grid): raise ValueError(f"grid {grid.dtype} on {grid.device}, {type(mlp).__name__}: the kernels need a float32 localization MLP of two layers whose hidden "
         "width is a multiple of 16, a float32 or bfloat16 grid, and a GPU with Triton or Triton's interpreter; use predict_pairs and l1_drloc")
     l1,_,l2 = mlp
-    return _losses(to_tokens(grid), pairs.contiguous(), l1.weight, l1.bias, l2.weight, l2.bias, *grid.shape[2:])[0]
+    return _losses(to_tokens(grid), pairs.contiguous(), l1.weight, l1.bias, l2.weight, l2.bias, *grid.shape[2:], _half(grid))[0]
