@@ -285,6 +285,15 @@ def test_extra_minutes():
     recs = [r for s in range(3) for r in (rec(s, gpu=f'{s}a', wall=60.), rec(s, 'paper', last=81., gpu=f'{s}b', wall=90.))]
     assert gains_table(runs_table(recs))['extra GPU min'].tolist() == pytest.approx([.5])
 
+def test_extra_minutes_leave_compiling_out():
+    "A run that compiled pays for it in its minutes and not in what the side task cost"
+    recs = [rec(0, gpu='0', wall=80.), rec(0, 'paper', gpu='1', wall=90.)]
+    for r,first in zip(recs, (20.,30.)):
+        for k,e in enumerate(r['epochs']): e['wall_s'] = first + 20.*k
+    t = runs_table(recs)
+    assert t.gpu_min.tolist() == pytest.approx([80/60,90/60]) and t.steady_min.tolist() == pytest.approx([80/60]*2)
+    assert gains_table(t)['extra GPU min'].tolist() == pytest.approx([0.])
+
 def test_minutes_count_runs_that_are_not_asked_about():
     "Two of four runs on a GPU: each second is divided by four all the same"
     recs = [rec(i, gpu='0', wall=80.) for i in range(4)]
@@ -292,13 +301,14 @@ def test_minutes_count_runs_that_are_not_asked_about():
     assert gpu_minutes(recs[:2], recs[1:]) == pytest.approx([80/60/4]*2)                  # they belong to it, named or not
     assert runs_table(recs[:2], recs).gpu_min.tolist() == pytest.approx([1/3]*2)
 
-@pytest.mark.parametrize('change,times', [(dict(), True), (dict(start=49), True), (dict(start=51), False), (dict(beside=4), False), (dict(device='other'), False)])
+@pytest.mark.parametrize('change,times', [(dict(), True), (dict(start=49), True), (dict(start=51), False), (dict(beside=4), False), (dict(device='other'), False), (dict(start=500, alone=True), True), (dict(start=500, alone=True, device='other'), False)])
 def test_times_compare_only_side_by_side(change, times):
     "Accuracies pair by seed whenever they were run; seconds and minutes do not"
     recs = three()
     for r in recs[1::2]:
         r['started'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(1e9+change.get('start', 0)))
         r['runs_on_device'],r['hardware']['device'] = change.get('beside', 9),change.get('device', 'GPU')
+    for r in recs if 'alone' in change else []: r['runs_on_device'] = 1
     runs = runs_table(recs)
     gain,cost,faster = (f.to_dict('records') for f in (gains_table(runs), cost_table(runs), faster_table(reach_table(runs))))
     assert gain[0]['verdict'] == 'holds' and gain[0]['seeds'] == 3 and faster[0]['seeds'] == 3

@@ -12,7 +12,7 @@ __all__ = ['SECTIONS', 'PARTS', 'quick', 'long', 'PEERS', 'PLANS', 'SWEEP', 'GOA
            'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
-import json, math, os, subprocess, sys, tempfile, time
+import gc, json, math, os, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field, asdict
 from functools import partial
 from pathlib import Path
@@ -178,8 +178,10 @@ def _worker(case, device):
     run = _steps(case, device)
     print(json.dumps(run.warm_up()), flush=True)
     _hold(case.cores)
+    gc.disable()
     for line in sys.stdin:
         arm = line.strip()
+        gc.collect()
         print(json.dumps(run.block(arm, run.facts[arm]['steps'])), flush=True)
 
 def _hold(cores):
