@@ -35,7 +35,7 @@ NAMES = {
         'void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, 512, true, 1>', 'void cudnn::bn_bw_1C11_kernel_new<float, float, float2, 512, true, 1>', 'void at::native::indexing_backward_kernel<c10::BFloat16, 4>', 'void at::native::indexSelectLargeIndex<float>',
         'void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel<float, 4>', 'at::native::nll_loss_forward_reduce_cuda_kernel_2d<float>', '_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_13BinaryFunctorIfff',
         'aten::native_layer_norm_backward', 'aten::gelu', 'aten::add_', 'aten::sum', 'aten::clamp_min', 'aten::scatter_add_'],
-    'side task': ['_pairs_forward', '_pairs_backward', 'vt_drloc::pair_losses_backward'],
+    'side task': ['_pairs_forward', '_pairs_backward', '_pairs_look_up', '_pairs_to_cells', 'vt_drloc::pair_losses_backward'],
     'optimizer': ['void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float, 4, ADAM_MODE::1, false>>',
         'void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::TensorListMetadata<1>, at::native::(anonymous namespace)::LpNormFunctor<float, NormType::L2>>',
         'void at::native::lpnorm_cleanup<float, (at::native::NormType)1, float, float>', 'aten::_fused_adamw_', 'aten::_foreach_norm', 'Optimizer.step#AdamW.step'],
@@ -203,6 +203,20 @@ def test_share_of_the_limit_by_hand():
     rec = dict(limits=dict(flop_per_s=1e12), rows=[dict(name='broken', error='no memory'), dict(name='a', flop=1e11, wall_s=.5, idle_s=.1, groups=groups, starts=9, peak_bytes=None)])
     [r] = limit_table(rec)
     assert (r['limit_s'],r['share'],r['share_products'],r['busy'])==pytest.approx((.1,.2,.4,.8))
+
+@pytest.mark.parametrize('more,known', [({}, True), (dict(mode='reduce-overhead'), False), (dict(mode='reduce-overhead', peak_of='held'), True)])
+def test_memory_of_a_graph_counts_only_if_it_was_looked_for(more, known):
+    row = dict(name='a', flop=1, wall_s=1., idle_s=0., groups=dict.fromkeys(GROUPS, 1.), starts=1, peak_bytes=5, **more)
+    assert [r['peak_bytes'] for r in limit_table(dict(limits=dict(flop_per_s=1.), rows=[row]))]==[5 if known else None]
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_memory_on_a_gpu_counts_what_graphs_keep():
+    "At least the weights, their gradients and AdamW's two moments; with two arms nobody knows whose it is"
+    case = lambda *arms: Case('try', 'cvt_mini', model='cvt_mini', batch=64, size=32, mode='reduce-overhead', arms=arms, steps=2)
+    one,two = (Steps(case(*arms)) for arms in (('compiled',),('compiled','eager')))
+    facts = one.warm_up()['compiled']
+    assert facts['peak_of']=='held' and facts['peak_bytes'] > 4*4*sum(p.numel() for p in one.model.parameters())
+    assert all(f['peak_bytes'] is None for f in two.warm_up().values())
 
 # --- the program
 

@@ -69,8 +69,9 @@ def test_autocast_rounds_the_hidden_units_gradients_alone(h, w, half):
     want = grads(pair_losses, *args)
     with torch.autocast(device, half): got = grads(pair_losses, *args)
     for k,(a,b) in enumerate(zip(got, want)):
-        if k in (1,2) and half==torch.bfloat16: assert a.dtype==torch.float32 and 1e-5 < far(a, b) < 5e-3
-        else: assert torch.equal(a, b)
+        if not k or half==torch.float16: assert torch.equal(a, b)
+        elif k in (1,2): assert a.dtype==torch.float32 and 1e-5 < far(a, b) < (5e-3 if device=='cuda' else 8e-3)   # Triton's interpreter cuts off where a GPU rounds
+        else: assert far(a, b) < 1e-6
 
 @kernels
 def test_a_compiled_loss_knows_of_autocast():
@@ -98,12 +99,17 @@ def test_two_runs_give_the_same_bits(m):
     assert all(torch.equal(a, b) for a,b in zip(grads(pair_losses, *args), grads(pair_losses, *args)))
 
 @kernels
-@pytest.mark.parametrize('bad', [-1,20])
-def test_a_pair_outside_the_grid_is_seen(bad):
-    mlp,grid,pairs = inputs()
-    pairs[1,3,0] = bad
+@pytest.mark.parametrize('h', [4,8])
+@pytest.mark.parametrize('bad', [-1,None])
+def test_a_pair_outside_the_grid_is_seen(bad, h):
+    "Cells first and pairs first: nobody else's memory is read, nor written on the way back"
+    mlp,grid,pairs = inputs(h=h)
+    want = grads(pair_losses, mlp, grid, pairs.where(torch.arange(20, device=device)[:,None]!=3, 0))[0]
+    pairs[1,3,0] = 5*h if bad is None else bad
     loss = pair_losses(mlp, grid, pairs)
-    assert loss.isnan().nonzero().tolist()==[[1,3]]
+    assert loss.isnan().nonzero().tolist()==[[1,3]] and torch.equal(loss[0,4:], want[0,4:])
+    g, = torch.autograd.grad(loss.nansum(), grid)
+    assert g.isfinite().all()
 
 @kernels
 def test_compiled():
@@ -167,17 +173,18 @@ import triton
 from triton.compiler import ASTSource
 from triton.backends.compiler import GPUTarget
 import vt_drloc.speed_loss as s
-numbers = dict(pre='*fp32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dcells='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','rows','cols')})
+numbers = dict(cells='*fp32', out='*fp32', image='i32', cell='i32', one='i32', D='i32', pre='*fp32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dcells='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','rows','cols')})
 def build(kernel, low, **fixed):
     names = kernel.arg_names
     half = '*bf16' if low else '*fp32'
-    sig = {k: 'constexpr' if k in fixed else half if k in ('dpre','dx') else numbers[k] for k in names}
+    sig = {k: 'constexpr' if k in fixed else half if k in ('dpre','dx','kept') else numbers[k] for k in names}
     code = ASTSource(kernel, sig, constexprs={(names.index(k),):v for k,v in fixed.items()})
     return triton.compile(code, target=GPUTarget('cuda', 90, 32)).asm['ptx']
 for cells in (True,False):
     assert '.entry _pairs_forward' in build(s._pairs_forward, True, H=512, BH=128, BM=16, CELLS=cells)
     for low in (True,False): assert '.entry _pairs_backward' in build(s._pairs_backward, low, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low)
 for low in (True,False): assert '.entry _pairs_to_cells' in build(s._pairs_to_cells, low, D=384, BD=128, BM=32, NB=64, LOW=low)
+for low in (True,False): assert '.entry _pairs_look_up' in build(s._pairs_look_up, low, BD=512, BM=16, KEEP=low)
 print('done')'''
 
 @kernels

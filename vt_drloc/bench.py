@@ -150,7 +150,7 @@ def block(self:Steps, arm, n):
 
 # %% ../nbs/22_bench.ipynb #5115b166
 @patch
-def warm_up(self:Steps)->dict: # For each arm: first step's seconds, peak bytes, steps a block
+def warm_up(self:Steps)->dict: # For each arm: first step's seconds, peak bytes and how they were read, steps a block
     "Compile, pick kernels, read the peak memory, choose the length of a block"
     cuda,facts = self.device.type=='cuda',{}
     for arm in self.case.arms:
@@ -158,10 +158,17 @@ def warm_up(self:Steps)->dict: # For each arm: first step's seconds, peak bytes,
         self.block(arm, 2)
         if cuda: torch.cuda.reset_peak_memory_stats()
         one = self.block(arm, 2)
-        facts[arm] = dict(first_step_s=first, peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
-                          steps=self.case.steps or max(1, round(self.case.seconds/one)))
+        facts[arm] = dict(first_step_s=first, **self.memory(), steps=self.case.steps or max(1, round(self.case.seconds/one)))
     self.facts = facts
     return facts
+
+@patch
+def memory(self:Steps)->dict: # peak_bytes, `None` if unknown; peak_of: how it was read
+    "Most memory of the last steps; a CUDA graph keeps its own for good, so with graphs what is left when all unused memory is given back"
+    if self.device.type!='cuda': return dict(peak_bytes=None)
+    if self.case.mode!='reduce-overhead': return dict(peak_bytes=torch.cuda.max_memory_allocated(), peak_of='allocated')
+    torch.cuda.empty_cache()
+    return dict(peak_bytes=torch.cuda.memory_reserved() if len(self.case.arms)==1 else None, peak_of='held')
 
 # %% ../nbs/22_bench.ipynb #fbc83ab8
 def _switches(case, device):

@@ -128,25 +128,31 @@ def _times_back(dpre, x, w, dtype):
     return _product(d, w, dtype),_product(d.T, x, torch.float32)
 
 # %% ../nbs/21_speed_loss.ipynb #9a27c0e2
-def _in_a_row(cells):
-    "All cells, one a row, where they lie; and the rows from an image to the next, which are more than its cells if a class token stands before them"
-    (B,N,D),(image,cell,one) = cells.shape,cells.stride()
-    if (cell,one)!=(D,1) or image%D or image<N*D: return cells.reshape(B*N, D),N
-    return cells.as_strided(((B-1)*(image//D) + N, D), (D,1)),image//D
+@jit
+def _pairs_look_up(cells, pairs, out, kept, M, N, image, cell, one, D, BD: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr):
+    "Copy the cells of an image's pairs to rows, and to rows that are kept"
+    b,k,c = tl.program_id(0).to(tl.int64),tl.program_id(1)*BM + tl.arange(0, BM),tl.program_id(2)*BD + tl.arange(0, BD)
+    ok = (k < 2*M)[:,None] & (c < D)[None,:]
+    n = tl.load(pairs + b*2*M + k, mask=k < 2*M, other=0)
+    x = tl.load(cells + b*image + n[:,None]*cell + c[None,:]*one, mask=ok & ((n >= 0) & (n < N))[:,None], other=0.)
+    at = (b*2*M + k[:,None])*D + c[None,:]
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=ok)
+    if KEEP: tl.store(kept + at, x.to(kept.dtype.element_ty), mask=ok)
+
+def _look_up(cells, pairs, low):
+    "(m B, 2D) both cells of each pair side by side, in float32, and for the way back"
+    (B,M,_),(_,N,D) = pairs.shape,cells.shape
+    rows,BD = cells.new_empty(B*M, 2*D, dtype=torch.float32),min(512, triton.next_power_of_2(D))
+    kept = torch.empty_like(rows, dtype=torch.bfloat16) if low else rows
+    _pairs_look_up[B,triton.cdiv(2*M, 16),triton.cdiv(D, BD)](cells, pairs, rows, kept, M, N, *cells.stride(), D, BD=BD, BM=16, KEEP=low)
+    return rows,kept
 
 # %% ../nbs/21_speed_loss.ipynb #716c9f7b
 def _cells_first(cells, pairs): return cells.shape[1] <= min(64, pairs.shape[1])
 
-def _rows(cells, pairs, w1):
-    "What the first layer multiplies, and its weights for that"
-    B,N,D = cells.shape
-    if _cells_first(cells, pairs): return cells.reshape(B*N, D),w1.view(-1, 2, D).transpose(0, 1).reshape(-1, D)
-    x,apart = _in_a_row(cells)
-    return x.index_select(0, _places(pairs, apart)).view(-1, 2*D),w1
-
-def _places(pairs, apart):
-    "The row of each pair's cells, if images are so many rows apart"
-    return torch.add(pairs, torch.arange(len(pairs), device=pairs.device)[:,None,None], alpha=apart).flatten()
+def _halves(w1):
+    "The first layer's weights for the first cell of a pair, and below them those for the second"
+    return w1.view(len(w1), 2, -1).transpose(0, 1).reshape(2*len(w1), -1)
 
 def _sizes(cells, pairs, hidden, most):
     block = min(most, hidden & -hidden)                     # the largest power of 2 in `hidden`, at most `most`
@@ -178,18 +184,21 @@ def _at_cells(dx, pairs, N, dtype):
 @torch.library.custom_op('vt_drloc::pair_losses', mutates_args=())
 def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor,
             b2:torch.Tensor, rows:int, cols:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
+    (B,m,_),D = pairs.shape,cells.shape[2]
     with torch.autocast(cells.device.type, enabled=False):
-        x,w = _rows(cells, pairs, w1)
-        pre,(B,m,_) = _times(x, w),pairs.shape
+        if _cells_first(cells, pairs): pre,kept = _times(cells.reshape(-1, D), _halves(w1)),cells.new_empty(0)
+        else:
+            x,kept = _look_up(cells, pairs, low)
+            pre = _times(x, w1)
     error,sign,sizes = pre.new_empty(B, m),pre.new_empty(B, m, 2),_sizes(cells, pairs, len(b1), 128)
     _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **sizes)
-    return error,sign,pre,cells.new_empty(0) if sizes['CELLS'] else x
+    return error,sign,pre,kept
 
 @torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
 def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor,
                      sign:torch.Tensor, x:torch.Tensor, derror:torch.Tensor, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,N,D),m,s = cells.shape,pairs.shape[1],_sizes(cells, pairs, len(b1), 64)
-    x,w = _rows(cells, pairs, w1) if s['CELLS'] else (x,w1)
+    x,w = (cells.reshape(B*N, D),_halves(w1)) if s['CELLS'] else (x,w1)
     dpre,parts = torch.empty_like(pre, dtype=torch.bfloat16 if low else torch.float32),pre.new_empty(B, 3*len(b1)+2)
     least = lambda n: max(16, triton.next_power_of_2(n))
     _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, NB=least(N) if s['CELLS'] else 16,
@@ -203,8 +212,9 @@ def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1
 @_losses.register_fake
 def _(cells, pairs, w1, b1, w2, b2, rows, cols, low):
     B,m,_ = pairs.shape
-    n,H,x = (B*cells.shape[1],2*len(b1),(0,)) if _cells_first(cells, pairs) else (B*m,len(b1),(B*m,w1.shape[1]))
-    return w1.new_empty(B, m),w1.new_empty(B, m, 2),w1.new_empty(n, H),cells.new_empty(x)
+    if _cells_first(cells, pairs): n,H,kept = B*cells.shape[1],2*len(b1),cells.new_empty(0)
+    else: n,H,kept = B*m,len(b1),w1.new_empty(B*m, w1.shape[1], dtype=torch.bfloat16 if low else torch.float32)
+    return w1.new_empty(B, m),w1.new_empty(B, m, 2),w1.new_empty(n, H),kept
 
 @_losses_backward.register_fake
 def _(cells, pairs, w1, b1, w2, pre, sign, x, derror, low): return cells.new_empty(cells.shape),w1.new_empty(w1.shape),w1.new_empty(3*len(b1)+2)
@@ -240,7 +250,7 @@ def _half(x):
 def pair_losses(
     mlp:nn.Module, # A localization MLP in float32
     grid:torch.Tensor, # (B, D, h, w) embeddings
-    pairs:torch.Tensor, # (B, m, 2) flat cell indices; one outside the grid gives NaN, or an error
+    pairs:torch.Tensor, # (B, m, 2) flat cell indices; one outside the grid gives NaN
 )->torch.Tensor: # (B, m) |d_u - t_u| + |d_v - t_v|, in units of the grid's height and width
     "What Eq. 2 adds up, for every pair, in a few kernels"
     if not fits(mlp, grid): raise ValueError(f"grid {grid.dtype} on {grid.device}, {type(mlp).__name__}: the kernels need a float32 localization MLP of two layers whose hidden "
