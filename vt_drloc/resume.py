@@ -34,6 +34,7 @@ def _module(learn):
     return None if dev.type=='cpu' else getattr(torch, dev.type)
 def _deep(x, kind): return kind(_deep(o, kind) for o in x) if isinstance(x, (list,tuple)) else x
 
+# %% ../nbs/20_resume.ipynb #f8e06fd4
 def generators(
     learn:Learner # whose model, loaders and side task are meant
 )->dict: # of numbers, lists and tensors
@@ -44,6 +45,7 @@ def generators(
         python=_deep(random.getstate(), list), loaders=[_deep(dl.rng.getstate(), list) for dl in learn.dls],
         pairs=task.generator.get_state() if task and task.generator else None)
 
+# %% ../nbs/20_resume.ipynb #f66e495b
 def set_generators(
     learn:Learner, # as for `generators`
     state:dict # what `generators` gave
@@ -208,6 +210,7 @@ def write_checkpoint(
     for old in checkpoints(path)[keep:]: old.unlink(missing_ok=True)
     return file
 
+# %% ../nbs/20_resume.ipynb #6f58222d
 def read_checkpoint(
     file # a checkpoint
 )->dict:
@@ -362,11 +365,13 @@ def go_on(
     learn._do_fit = partial(_do_rest, learn, state['at'])
     return state['at']
 
+# %% ../nbs/20_resume.ipynb #50a9e927
 def _do_rest(learn, at):
     "`Learner._do_fit` from the epoch of a checkpoint on"
     del learn._do_fit
     for learn.epoch in range(at['epoch'], learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
 
+# %% ../nbs/20_resume.ipynb #d70c20c3
 def _rest_of_epoch(learn, done, now):
     "`Learner.all_batches` without the first `done` batches; `now` are the generators after them"
     del learn.all_batches
@@ -399,6 +404,7 @@ def before_fit(self:Checkpoints):
     if at['n_epoch'] != self.n_epoch: raise ResumeError(f"the checkpoint is of a fit of {at['n_epoch']} epochs, this is one of {self.n_epoch}")
     if not at['done']: self._restore('now')
 
+# %% ../nbs/20_resume.ipynb #03847c2b
 @patch
 def before_epoch(self:Checkpoints):
     if self.state and self.state['at']['done']:
@@ -411,6 +417,7 @@ def before_train(self:Checkpoints):
         self._restore('start')
     self.at_start = generators(self.learn)
 
+# %% ../nbs/20_resume.ipynb #01c304f9
 @patch
 def _restore(self:Checkpoints, which):
     state,self.state = self.state,None

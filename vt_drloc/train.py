@@ -97,6 +97,7 @@ def _known(what, name, names):
     near = get_close_matches(str(name), names, 1)
     raise ValueError(f"unknown {what} {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Right ones: {', '.join(names)}")
 
+# %% ../nbs/10_train.ipynb #037ac160
 def _checked(r):
     "Refuse names and numbers that cannot be run"
     for what,name,names in (('model',r.model,list_models()),('drloc preset',r.drloc,DRLOC),('variant',r.variant,VARIANTS),('control',r.control,CONTROLS),('pool',r.pool,POOLS),
@@ -185,6 +186,7 @@ class _MeanLoss(Metric):
     @property
     def name(self): return 'loss'
 
+# %% ../nbs/10_train.ipynb #037dcd42
 class DeviceRecorder(Recorder):
     "fastai's `Recorder`, with its sums kept on the device"
     name = 'recorder'
@@ -223,6 +225,7 @@ class Fp16(MixedPrecision):
         self.opt.found_inf = None
     def after_fit(self): self.autocast = self.learn.scaler = None
 
+# %% ../nbs/10_train.ipynb #d8ae7d3a
 def precision_on(
     precision:str, # one of `PRECISIONS`
     device:torch.device # where the run is
@@ -311,20 +314,24 @@ class RunRecord(Callback):
         cb = getattr(self.learn, 'checkpoints', None)
         if not (cb and cb.state): self.write()          # a run that goes on has one already
 
-    def after_epoch(self):
-        names = [n for n in self.recorder.metric_names if n not in ('epoch','time')]
-        row = {n: (float(v) if v is not None else None) for n,v in zip(names, self.learn.final_record)}
-        n = len(self.dls.train)*self.dls.train.bs*world()
-        norms = {k: float(f'{v:.4g}') for k,v in getattr(getattr(self.learn, 'gradient_norms', None), 'found', {}).items()}
-        self.rec['epochs'].append(dict(epoch=self.epoch, **row, lr=self.opt.hypers[-1]['lr'],
-            images_per_s=round(n/self.recorder.train_s, 1), **norms, train_s=round(self.recorder.train_s, 3), wall_s=round(time.perf_counter()-self.start, 2)))
-        self.write()
+# %% ../nbs/10_train.ipynb #fd8d913a
+@patch
+def after_epoch(self:RunRecord):
+    names = [n for n in self.recorder.metric_names if n not in ('epoch','time')]
+    row = {n: (float(v) if v is not None else None) for n,v in zip(names, self.learn.final_record)}
+    n = len(self.dls.train)*self.dls.train.bs*world()
+    norms = {k: float(f'{v:.4g}') for k,v in getattr(getattr(self.learn, 'gradient_norms', None), 'found', {}).items()}
+    self.rec['epochs'].append(dict(epoch=self.epoch, **row, lr=self.opt.hypers[-1]['lr'],
+        images_per_s=round(n/self.recorder.train_s, 1), **norms, train_s=round(self.recorder.train_s, 3), wall_s=round(time.perf_counter()-self.start, 2)))
+    self.write()
 
-    def after_fit(self):
-        cb = getattr(self.learn, 'checkpoints', None)
-        if len(self.rec['epochs']) == self.recipe.epochs: self.rec['status'] = 'complete'
-        elif cb and cb.stopped: self.rec['stopped'] = dict(why=cb.stopped, epoch=self.epoch, step=self.train_iter)
-        self.write()
+# %% ../nbs/10_train.ipynb #b2130e8b
+@patch
+def after_fit(self:RunRecord):
+    cb = getattr(self.learn, 'checkpoints', None)
+    if len(self.rec['epochs']) == self.recipe.epochs: self.rec['status'] = 'complete'
+    elif cb and cb.stopped: self.rec['stopped'] = dict(why=cb.stopped, epoch=self.epoch, step=self.train_iter)
+    self.write()
 
 # %% ../nbs/10_train.ipynb #ea692d92
 @patch
@@ -410,6 +417,7 @@ def some_images(
     k = max(1, dl.n//n)
     return torch.cat([b[0].as_subclass(torch.Tensor)[::k] for b in dl])
 
+# %% ../nbs/10_train.ipynb #c6dd5746
 @torch.no_grad()
 def grids(
     backbone:Adapter, # in evaluation mode
@@ -419,6 +427,7 @@ def grids(
     "The grid of many images"
     return torch.cat([backbone.grid(backbone.forward_features(o), o.shape[-2:]).float() for o in x.split(bs)])
 
+# %% ../nbs/10_train.ipynb #a2ac9e4c
 @torch.no_grad()
 def task_error(
     loss:nn.Module, # a `DrlocLoss` or a `DrlocFamily` with its MLP
@@ -457,9 +466,18 @@ def _scale(grid):
     "Mean and standard deviation of each feature, (1, D, 1, 1)"
     return grid.mean((0,2,3), keepdim=True),grid.std((0,2,3), keepdim=True)+1e-6
 
-# %% ../nbs/10_train.ipynb #b1a50006
+# %% ../nbs/10_train.ipynb #188959bf
 def _rounded(t): return [round(float(v), 4) for v in t]
 
+def _errors(loss, gs, seed):
+    "Errors on several sets of grids beside the level of guessing"
+    one = next(iter(gs.values()))[:1]
+    family = isinstance(loss, DrlocFamily)
+    h,w = (loss.task_grid(one) if family else one).shape[2:]
+    level = best_constant(loss, h, w) if family and loss.variant!='all' else best_guess(h, w)
+    return dict(grid=[h,w], guessing=_rounded(level.error), error={k: _rounded(task_error(loss, g, seed=seed)) for k,g in gs.items()})
+
+# %% ../nbs/10_train.ipynb #b1a50006
 def position_report(
     model:nn.Module, # a backbone
     x:torch.Tensor, # (N, C, H, W) normalised images; the first half trains the probe, the second is judged
@@ -486,14 +504,6 @@ def position_report(
     return dict(res, images=len(x)-half)
 
 # %% ../nbs/10_train.ipynb #b1a50007
-def _errors(loss, gs, seed):
-    "Errors on several sets of grids beside the level of guessing"
-    one = next(iter(gs.values()))[:1]
-    family = isinstance(loss, DrlocFamily)
-    h,w = (loss.task_grid(one) if family else one).shape[2:]
-    level = best_constant(loss, h, w) if family and loss.variant!='all' else best_guess(h, w)
-    return dict(grid=[h,w], guessing=_rounded(level.error), error={k: _rounded(task_error(loss, g, seed=seed)) for k,g in gs.items()})
-
 def _looks(model, dl, n):
     "Statistics of attention on some validation images (chapter 16); `None` where they are not square"
     from vt_drloc.looks import attention_stats
@@ -509,21 +519,23 @@ class Position(Callback):
         images:int=4096 # validation images, half of them to be judged
     ): store_attr()
 
-    def after_fit(self):
-        record,start = self.learn.run_record,time.perf_counter()
-        if record.rec['status']!='complete': return
-        dev,task,state = next(self.model.parameters()).device,getattr(self.learn, 'drloc', None),generators(self.learn)
-        steps = self.steps if self.steps is not None else 600*(dev.type=='cuda')
-        half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision)
-        try:
-            with torch.autocast(dev.type, half, enabled=half is not None), torch.compiler.set_stance('force_eager'):
-                record.rec['position'] = position_report(self.model, some_images(self.dls.valid, self.images), task and task.loss_fn, task and task.where, steps)
-                record.rec['attention'] = _looks(unwrap(self.model), self.dls.valid, 128 if dev.type=='cuda' else 16)
-        finally:
-            set_generators(self.learn, state)
-            record.apart = time.perf_counter()-start
-            if 'position' in record.rec: record.rec['position']['seconds'] = round(record.apart, 2)
-            record.write()
+# %% ../nbs/10_train.ipynb #0638a489
+@patch
+def after_fit(self:Position):
+    record,start = self.learn.run_record,time.perf_counter()
+    if record.rec['status']!='complete': return
+    dev,task,state = next(self.model.parameters()).device,getattr(self.learn, 'drloc', None),generators(self.learn)
+    steps = self.steps if self.steps is not None else 600*(dev.type=='cuda')
+    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision)
+    try:
+        with torch.autocast(dev.type, half, enabled=half is not None), torch.compiler.set_stance('force_eager'):
+            record.rec['position'] = position_report(self.model, some_images(self.dls.valid, self.images), task and task.loss_fn, task and task.where, steps)
+            record.rec['attention'] = _looks(unwrap(self.model), self.dls.valid, 128 if dev.type=='cuda' else 16)
+    finally:
+        set_generators(self.learn, state)
+        record.apart = time.perf_counter()-start
+        if 'position' in record.rec: record.rec['position']['seconds'] = round(record.apart, 2)
+        record.write()
 
 # %% ../nbs/10_train.ipynb #b1a50012
 def _own(r):
@@ -660,7 +672,7 @@ def build(
     return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, lr=r.lr, metrics=accuracy, cbs=cbs, default_cbs=False,
                    path=Path(out or '.'))
 
-# %% ../nbs/10_train.ipynb #2c444eaf
+# %% ../nbs/10_train.ipynb #fee5d0ae
 def _guard(record, recipe):
     "Refuse to write over the complete record of another recipe"
     if not record.exists(): return
@@ -671,6 +683,7 @@ def _guard(record, recipe):
         raise ValueError(f"{record} is the complete record of another run ({differ}): "
                          "give this one a name (--name) or a folder of its own (--out)")
 
+# %% ../nbs/10_train.ipynb #d118c6d9
 def _start(learn, stem, resume):
     "Go on from a checkpoint if asked to; refuse to begin anew over one"
     files,record = checkpoints(stem),Path(f'{stem}.json')
@@ -680,6 +693,7 @@ def _start(learn, stem, resume):
         raise ResumeError(f"{record} is complete: there is nothing to resume")
     else: go_on(learn)
 
+# %% ../nbs/10_train.ipynb #2c444eaf
 def train(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
@@ -748,6 +762,7 @@ def main(
     else: print(f"last epoch: {100*rec['final']['accuracy']:.2f} % of {rec['data']['n_valid']} images right, after {rec['wall_s']:.0f} s\n"
                 f"record: {file}, weights beside it")
 
+# %% ../nbs/10_train.ipynb #5ba8d28b
 main.__wrapped__.__delwrap__ = Recipe      # the comments in --help are those of the fields above
 
 # %% ../nbs/10_train.ipynb #e8a7dca0
@@ -788,6 +803,7 @@ def accuracy_curves(
         res.setdefault(arm, []).append([100*e['accuracy'] for e in r['epochs']])
     return res
 
+# %% ../nbs/10_train.ipynb #c1dd34ed
 def demo_figure(
     errors:dict, # padding -> control -> mean error in cells
     curves:dict # arm -> accuracy curves of the committed runs
