@@ -109,8 +109,8 @@ def test_evaluation_and_names_stay(name, tmp_path):
     slow = small(name).eval()
     fast = deepcopy(slow)
     done = speed_up(fast)
-    assert done['drop_path']==2 and (done['attention']>0)==(name=='swin_mini')
-    assert speed_up(fast)==dict(attention=0, drop_path=0)
+    assert done['drop_path']==2 and (done['attention']>0)==(name=='swin_mini') and done['patches']==(name!='t2t_mini')
+    assert speed_up(fast)==dict(attention=0, drop_path=0, patches=0)
     assert list(fast.state_dict())==list(slow.state_dict())
     x = torch.randn(2,3,32,32)
     torch.testing.assert_close(fast(x), slow(x), rtol=1e-5, atol=1e-6)
@@ -119,9 +119,28 @@ def test_evaluation_and_names_stay(name, tmp_path):
     save_model(fast, tmp_path/'m.safetensors')
     torch.testing.assert_close(load_model(tmp_path/'m.safetensors')(x), slow(x))
 
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_patches_as_a_product(data):
+    "Outputs and gradients of the convolution, any patch and any image; in float64, so that rounding hides nothing"
+    patch,rows,cols,dim,channels,B = (data.draw(st.integers(*r)) for r in ((1,5),(1,4),(1,4),(1,9),(1,4),(1,3)))
+    x = torch.randn(B, channels, patch*rows, patch*cols, dtype=torch.double, requires_grad=True)
+    for kind in PATCHES:
+        slow = kind(patch, dim, channels).double()
+        quick = deepcopy(slow)
+        quick.__class__ = PATCHES[kind]
+        w = torch.randn_like(slow(x))
+        got,want = ([y,*torch.autograd.grad((y*w).sum(), [x,*m.parameters()])] for m in (quick,slow) for y in [m(x)])
+        for a,b in zip(got, want): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+def test_patches_that_do_not_fit_say_so():
+    m = small('vit_mini')
+    speed_up(m)
+    with pytest.raises(ValueError, match='image 30 x 32: each side must be a multiple'): m.patch_embed(torch.zeros(1,3,30,32))
+
 def test_networks_with_blocks_of_their_own_are_left_alone():
     m = create_model('cvt_13_mini', 5, drop_path=.4)
-    assert speed_up(m)==dict(attention=0, drop_path=0)
+    assert speed_up(m)==dict(attention=0, drop_path=0, patches=0)
 
 def test_a_sped_up_swin_can_be_pickled():
     "`Learner.export` pickles the model"

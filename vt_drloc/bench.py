@@ -41,6 +41,7 @@ class Case:
     precision:str = 'bf16' # 'bf16' (autocast) or 'float32'
     attention:bool = False # Window attention in one kernel
     skip:bool = False # Drop path that computes only what it keeps
+    patches:bool = False # Patches as a product
     mode:str = '' # Of `torch.compile`; empty: its default
     arms:tuple = ('compiled',) # 'eager', 'compiled' or 'alone' (compiled, its features not handed out); beside it 'side', or a first piece of it: 'draw', 'grid'
     kind:str = 'steps' # 'steps' on one batch; 'released': the same from packages alone; 'rival': that with its data; 'learner': all of fastai's training
@@ -78,9 +79,9 @@ def _model(self:Steps):
         import timm
         return timm.create_model(c.model[5:], num_classes=c.classes, drop_path_rate=c.drop_path)
     m = create_model(c.model, c.classes, img_size=c.size, drop_path=c.drop_path)
-    if c.attention or c.skip:
+    if c.attention or c.skip or c.patches:
         from vt_drloc.speed import speed_up
-        speed_up(m, c.attention, c.skip)
+        speed_up(m, c.attention, c.skip, c.patches)
     return m
 
 # %% ../nbs/22_bench.ipynb #dc26f6c5
@@ -459,7 +460,7 @@ SECTIONS = dict(augment=augment_rows)
 # %% ../nbs/22_bench.ipynb #6fe2a8e8
 _timm = 'timm:swin_tiny_patch4_window7_224'
 _swin = partial(Case, model='swin_t', drop_path=.2)
-_fast = dict(attention=True, skip=True)
+_fast = dict(attention=True, skip=True, patches=True)
 _from = partial(_swin, section='speed', model=_timm, arms=('eager side',))
 _to = partial(_swin, section='speed', arms=('compiled side',))
 SECTIONS['speed'] = [
@@ -469,7 +470,8 @@ SECTIONS['speed'] = [
     _to(name='+ our network', arms=('eager side',)),
     _to(name='+ compiled'),
     _to(name='+ attention in one kernel', attention=True),
-    _to(name='+ skipped branches', **_fast),
+    _to(name='+ skipped branches', attention=True, skip=True),
+    _to(name='+ patches as a product', **_fast),
     _to(name='+ CUDA graphs', mode='reduce-overhead', **_fast),
     _to(name='+ batch 512', mode='reduce-overhead', batch=512, **_fast),
     _to(name='beside: timm, compiled, our loss', model=_timm)]
@@ -490,7 +492,7 @@ SECTIONS['side512'] = [_with_side('side512', m, 512) for m in _vts]
 SECTIONS['side_small'] = [
     *[_with_side('side_small', 'resnet50', b, arms=('compiled','compiled side')) for b in (128,512)],
     *[_with_side('side_small', m, 512, 32, arms=('compiled','compiled side')) for m in _minis]]
-SECTIONS['cpu'] = [_with_side('cpu', m, b, s, ('eager','eager side'), precision='float32', attention=False, skip=False)
+SECTIONS['cpu'] = [_with_side('cpu', m, b, s, ('eager','eager side'), precision='float32', attention=False, skip=False, patches=False)
                    for m,b,s in (*[(m,8,224) for m in _vts],('cvt_mini',64,32),('vit_mini',64,32))]
 
 # %% ../nbs/22_bench.ipynb #d8834345

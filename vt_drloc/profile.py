@@ -228,7 +228,7 @@ def profile_run(
     res = profile_step(run, arm, n)
     rows = res.pop('rows')
     return dict(asdict(case), arm=arm, **res, groups=by_group(rows), starts=sum(r['count'] for r in rows),
-                kernels=[dict(r, name=r['name'][:160]) for r in rows[:12]], flop=count_work(run.model, case.batch, case.size, mlp), **{k:v for k,v in run.facts[arm].items() if k.startswith('peak_')})
+                kernels=[dict(r, name=r['name'][:160]) for r in rows[:40]], flop=count_work(run.model, case.batch, case.size, mlp), **{k:v for k,v in run.facts[arm].items() if k.startswith('peak_')})
 
 # %% ../nbs/22_profile.ipynb #3e052525
 TRY = [Case('profile', m, model=m, batch=4, size=32, precision='float32', arms=('eager side',), steps=2) for m in ('cvt_mini','swin_mini','resnet_mini')]
@@ -256,7 +256,7 @@ def gpu_cases(
 )->list: # of `Case`s
     "Swin-T from the released step to ours, then T2T-ViT-14 and CvT-13"
     case = partial(Case, 'profile', batch=batch, arms=('compiled side',))
-    swin,fast = partial(case, model='swin_t', drop_path=.2),dict(attention=True, skip=True)
+    swin,fast = partial(case, model='swin_t', drop_path=.2),dict(attention=True, skip=True, patches=True)
     return [swin('Swin-T, released step, float32', model='timm:swin_tiny_patch4_window7_224', kind='released', precision='float32', arms=('eager side',)),
             swin('Swin-T, eager, bf16', arms=('eager side',)),
             swin('Swin-T, compiled'),
