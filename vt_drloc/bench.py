@@ -475,8 +475,9 @@ SECTIONS['speed'] = [
     _to(name='+ CUDA graphs', mode='reduce-overhead', **_fast),
     _to(name='+ batch 512', mode='reduce-overhead', batch=512, **_fast),
     _to(name='beside: timm, compiled, our loss', model=_timm)]
-SECTIONS['modes'] = [_swin(name=mode or 'default', section='modes', batch=256, mode=mode, **_fast)
-                     for mode in ('','max-autotune-no-cudagraphs','reduce-overhead')]
+SECTIONS['modes'] = [
+    *[_swin(name=mode or 'default', section='modes', batch=256, mode=mode, **_fast) for mode in ('','max-autotune-no-cudagraphs','reduce-overhead')],
+    *[_swin(name=name, section='modes', batch=256, arms=('eager',), **kw) for name,kw in (('not compiled', {}), ('not compiled, fast parts', _fast))]]
 
 # %% ../nbs/22_bench.ipynb #e67106f2
 def _with_side(section, model, batch, size=224, arms=('compiled','compiled side','eager','eager side'), **kw):
