@@ -127,6 +127,7 @@ class Contender:
 
     def __str__(self): return self.name if self.by=='vt_drloc' else f'{self.name} ({self.by})'
 
+# %% ../nbs/18_compare.ipynb #2f9b122b
 def _timm(name, classes):
     import timm
     return timm.create_model(name, num_classes=classes, drop_path_rate=0.)
@@ -142,7 +143,7 @@ def _transformers_cvt(name, classes):
     from transformers import CvtConfig, CvtForImageClassification
     return CvtForImageClassification(CvtConfig(num_labels=classes, drop_path_rate=[0.]*3))
 
-# %% ../nbs/18_compare.ipynb #bf379d09
+# %% ../nbs/18_compare.ipynb #a6fb81e4
 RIVALS = {'swin_t': [('timm',_timm,'swin_tiny_patch4_window7_224'), ('torchvision',_torchvision,'swin_t')],
           'cvt_13': [('transformers',_transformers_cvt,'cvt-13')],
           'vit_base_16': [('timm',_timm,'vit_base_patch16_224')],
@@ -151,6 +152,7 @@ _groups = [('swin_t',),('cvt_13','cvt_13_gap'),('t2t_vit_14','t2t_vit_t_14'),('r
            ('cvt_mini','cvt_13_mini','cvt_13_gap_mini','demo_cvt'),('swin_mini','t2t_mini','vit_mini','resnet_mini'),
            ('hybrid_s','hybrid_m')]
 
+# %% ../nbs/18_compare.ipynb #bf379d09
 def contenders(
     quick:bool=False, # Four images a step, for a try-out
     only:str='', # Names of networks, separated by commas; empty: all
@@ -195,10 +197,12 @@ class Bench:
         self.opt = torch.optim.AdamW(self.model.parameters(), 1e-4, weight_decay=.05, fused=True) if kind=='train' else None
         if compiled: self._compile()
 
-    def _compile(self):
-        "Inductor on a GPU; on a CPU all but its compiler, which takes minutes"
-        torch._dynamo.reset()
-        self.model.compile(backend='inductor' if self.cuda else 'aot_eager_decomp_partition', fullgraph=self.c.by=='vt_drloc', dynamic=False)
+# %% ../nbs/18_compare.ipynb #d70bb199
+@patch
+def _compile(self:Bench):
+    "Inductor on a GPU; on a CPU all but its compiler, which takes minutes"
+    torch._dynamo.reset()
+    self.model.compile(backend='inductor' if self.cuda else 'aot_eager_decomp_partition', fullgraph=self.c.by=='vt_drloc', dynamic=False)
 
 # %% ../nbs/18_compare.ipynb #a679c7df
 @patch
@@ -217,6 +221,7 @@ def step(self:Bench):
     else:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision=='bf16'): self.model(self.x)
 
+# %% ../nbs/18_compare.ipynb #a4f7491f
 @patch
 def block(self:Bench,
     n:int, # Steps
@@ -254,16 +259,20 @@ def row(self:Bench,
         kind=self.kind, precision=self.precision, compiled=self.compiled, images_per_s=median(rate), low=rate[0], high=rate[-1],
         blocks=len(rate), steps_a_block=self.n, peak_bytes=self.peak, first_step_s=self.first_s)
 
-# %% ../nbs/18_compare.ipynb #26afffb6
-def _key(r): return tuple(r[k] for k in ('network','by','size','batch','kind','precision','compiled'))
-def _case_key(c, kind, precision, compiled): return c.name,c.by,c.size,c.batch,kind,precision,compiled
-
+# %% ../nbs/18_compare.ipynb #fe8f6672
 def _error(c, e, **kw):
     "A row for one that failed; the whole story goes to the screen"
     traceback.print_exception(e)
     text = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
     return dict(network=c.name, by=c.by, size=c.size, batch=c.batch, **kw, error=text)
 
+def _tidy(device):
+    "Give the memory back"
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.device(device).type=='cuda' and _alive(device): torch.cuda.empty_cache()
+
+# %% ../nbs/18_compare.ipynb #26afffb6
 def measure(
     cases:list, # (contender, kind, precision, compiled), measured in turns
     device:str='cuda', # Where
@@ -286,11 +295,9 @@ def measure(
     _tidy(device)
     return rows
 
-def _tidy(device):
-    "Give the memory back"
-    gc.collect()
-    torch._dynamo.reset()
-    if torch.device(device).type=='cuda' and _alive(device): torch.cuda.empty_cache()
+# %% ../nbs/18_compare.ipynb #28a48dc9
+def _key(r): return tuple(r[k] for k in ('network','by','size','batch','kind','precision','compiled'))
+def _case_key(c, kind, precision, compiled): return c.name,c.by,c.size,c.batch,kind,precision,compiled
 
 # %% ../nbs/18_compare.ipynb #c5ea0c7d
 def _gradient(b):
@@ -357,8 +364,10 @@ def _circumstances(device):
         float32_matmul_precision=torch.get_float32_matmul_precision(), cudnn_tf32=torch.backends.cudnn.allow_tf32,
         optimizer='AdamW, fused, lr 1e-4, weight decay 0.05', autocast='bfloat16')
 
+# %% ../nbs/18_compare.ipynb #ff1217a7
 class Record:
     "The measurements in one JSON file, written after each of them"
+    past,failed = 0.,frozenset()
     def __init__(self,
         file, # Its path; what it already holds is kept if it is of the same code, versions and machine
         device:str='cuda', # Where it is measured
@@ -374,15 +383,16 @@ class Record:
         for k in ('rows','checks'): self.data[k] = [r for r in old[k] if 'error' not in r]
         self.past = old['seconds']
 
-    past,failed = 0.,frozenset()
-    def write(self, seconds):
-        "Replace the file in one step"
-        self.data['seconds'] = round(self.past+seconds, 1)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.data['cut_short'] = any(self.data['left_out'].values())
-        tmp = self.file.with_suffix('.tmp')
-        tmp.write_text(json.dumps(self.data, indent=1)+'\n')
-        os.replace(tmp, self.file)
+# %% ../nbs/18_compare.ipynb #64653bac
+@patch
+def write(self:Record, seconds):
+    "Replace the file in one step"
+    self.data['seconds'] = round(self.past+seconds, 1)
+    self.file.parent.mkdir(parents=True, exist_ok=True)
+    self.data['cut_short'] = any(self.data['left_out'].values())
+    tmp = self.file.with_suffix('.tmp')
+    tmp.write_text(json.dumps(self.data, indent=1)+'\n')
+    os.replace(tmp, self.file)
 
 # %% ../nbs/18_compare.ipynb #a2e4d757
 def read_record(

@@ -92,11 +92,12 @@ def forward(self:CvTAttention,
     x = F.scaled_dot_product_attention(q, key, v, scale=self.scale)
     return self.proj(rearrange(x, 'b n hw d -> b hw (n d)'))
 
-# %% ../nbs/13_cvt.ipynb #019d6802
+# %% ../nbs/13_cvt.ipynb #ba80833f
 class QuickGELU(nn.Module):
     "x sigmoid(1.702 x), which is close to GELU and cheaper to compute"
     def forward(self, x): return x*torch.sigmoid(1.702*x)
 
+# %% ../nbs/13_cvt.ipynb #019d6802
 class CvTBlock(nn.Module):
     "Pre-norm block: grid (B, D, h, w), or with `hw` tokens (B, 1+hw, D) whose first is the class token"
     def __init__(self,

@@ -36,13 +36,14 @@ def score(
     finally: model.train(was)
     return dict(accuracy=right.item()/n, loss=loss.item()/n, n=n)
 
-# %% ../nbs/17_evaluate.ipynb #059b5286
+# %% ../nbs/17_evaluate.ipynb #618c0c5b
 def _size(head):
     "(H, W) that a checkpoint's images have"
     r = head.get('recipe') or {}
     s = head.get('size') or r.get('size') or head['args'].get('img_size') or model_info(head['model']).size
     return tuple(s) if isinstance(s, (list,tuple)) else (s,s)
 
+# %% ../nbs/17_evaluate.ipynb #186b9075
 def find_record(
     file # weights
 )->dict: # the run record, or `None`
@@ -51,6 +52,7 @@ def find_record(
     for f in file.with_suffix('.json'), file.parent.parent/'runs'/f'{file.stem}.json':
         if f.exists(): return json.loads(f.read_text())
 
+# %% ../nbs/17_evaluate.ipynb #059b5286
 def images_for(
     head:dict, # header of a checkpoint
     data=None, # data set or folder; `None`: the one it was trained on

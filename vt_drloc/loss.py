@@ -69,7 +69,7 @@ class LocalizationMLP(nn.Sequential):
             nn.Linear(2*dim, hidden), nn.ReLU(), nn.Linear(hidden, 2))
         self.dim = dim
 
-# %% ../nbs/06_loss.ipynb #24abbed8
+# %% ../nbs/06_loss.ipynb #628f5819
 def grid_shape(
     grid:torch.Tensor, # (B, D, h, w) embeddings
 ) -> tuple: # B, D, h, w
@@ -88,6 +88,7 @@ def check_mlp(
         raise ValueError(f"grid has {D} features a cell, the localization MLP "
                          f"was built for {mlp.dim}; use DrlocLoss(dim={D})")
 
+# %% ../nbs/06_loss.ipynb #24abbed8
 def predict_pairs(
     mlp:nn.Module, # A `LocalizationMLP`
     grid:torch.Tensor, # (B, D, h, w) embeddings
@@ -125,20 +126,23 @@ class DrlocLoss(nn.Module):
             if seed is not None: torch.default_generator.manual_seed(seed)
             self.mlp = LocalizationMLP(dim, hidden)
 
-    def forward(self,
-        grid:torch.Tensor, # (B, D, h, w) embeddings
-        generator:torch.Generator=None, # Of the grid's device; None draws from the global one
-        pairs:torch.Tensor=None, # (B, m, 2) flat indices to use instead of a draw
-    ) -> torch.Tensor: # Scalar
-        B, D, h, w = grid_shape(grid)
-        check_grid(h, w)
-        check_mlp(self.mlp, D)
-        if pairs is None:
-            pairs = sample_pairs(B, self.m, h, w, grid.device, generator)
-        return _reductions[self.reduction](self.per_image(grid, pairs))
+# %% ../nbs/06_loss.ipynb #6a82da99
+@patch
+def forward(self:DrlocLoss,
+    grid:torch.Tensor, # (B, D, h, w) embeddings
+    generator:torch.Generator=None, # Of the grid's device; None draws from the global one
+    pairs:torch.Tensor=None, # (B, m, 2) flat indices to use instead of a draw
+) -> torch.Tensor: # Scalar
+    B, D, h, w = grid_shape(grid)
+    check_grid(h, w)
+    check_mlp(self.mlp, D)
+    if pairs is None:
+        pairs = sample_pairs(B, self.m, h, w, grid.device, generator)
+    return _reductions[self.reduction](self.per_image(grid, pairs))
 
-    def extra_repr(self):
-        return f"m={self.m}, reduction={self.reduction!r}"
+@patch
+def extra_repr(self:DrlocLoss):
+    return f"m={self.m}, reduction={self.reduction!r}"
 
 # %% ../nbs/06_loss.ipynb #5f1ed0a2
 @patch

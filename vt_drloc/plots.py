@@ -55,6 +55,7 @@ def _hwc(x):
         raise ValueError(f"pixels from {x.min():.2f} to {x.max():.2f}: undo the normalization, floats are shown from 0 to 1")
     return np.clip(x, 0, 1)
 
+# %% ../nbs/15_plots.ipynb #711ec1ef
 def _ax(ax, width=2.8, aspect=1.): return plt.subplots(figsize=(width, width*aspect))[1] if ax is None else ax
 
 def show_image(
@@ -101,13 +102,14 @@ def show_patches(
     tiles[:,:p,:,:p] = x.reshape(H//p, p, W//p, p, C)
     return show_image(tiles.reshape(H//p*(p+gap), W//p*(p+gap), C)[:-gap,:-gap], ax)
 
-# %% ../nbs/15_plots.ipynb #8d289253
+# %% ../nbs/15_plots.ipynb #972fcf88
 def _cell(ax, rc, ch, cw, color): 
     r,c = rc
     ax.add_patch(Rectangle((c*cw-.5, r*ch-.5), cw, ch, fill=False, ec=color, lw=3.5, path_effects=_outline(6.5), zorder=4))
 
 def _label(ax, x, y, s): ax.text(x, y, s, ha='center', va='center', fontsize=10, zorder=5, bbox=dict(boxstyle='round,pad=.25', fc=_paper, ec='none', alpha=.9))
 
+# %% ../nbs/15_plots.ipynb #8d289253
 def show_pair(
     x, # one image, as for `show_image`
     h:int, # rows of the grid
@@ -179,13 +181,14 @@ def offset_hist(
     ax.legend()
     return ax
 
-# %% ../nbs/15_plots.ipynb #8a38a417
+# %% ../nbs/15_plots.ipynb #ff3c997d
 def _field(x, h, w, what):
     "Offsets (h*w, 2) as an array (2, h, w)"
     x = x.detach().cpu().float().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=float)
     if x.shape!=(h*w,2): raise ValueError(f"{what} of shape {x.shape}: {h*w} x 2 expected, |row| and |column| in cells for each cell of the {h} x {w} grid")
     return x.T.reshape(2, h, w)
 
+# %% ../nbs/15_plots.ipynb #8a38a417
 def show_heat(
     pred, # (h*w, 2) predicted |row| and |column| offset of every cell from the query, in cells
     true, # (h*w, 2) the true ones

@@ -463,9 +463,7 @@ class PaperAugment(DisplayedTransform):
         mean,std = (torch.tensor(s, device=x.device).view(1,3,1,1) for s in imagenet_stats)
         return TensorImage((x.as_subclass(Tensor).float()*std+mean).clamp(0, 1))
 
-    def __getstate__(self): return {**self.__dict__, '_compiled':None}
-
-# %% ../nbs/19_randaugment.ipynb #27842f57
+# %% ../nbs/19_randaugment.ipynb #35f31d6a
 from fastcore.basics import patch
 
 @patch
@@ -477,6 +475,7 @@ def run(self:PaperAugment,
     d = paper_draws(len(x), x.shape[2:], self.size, x.device, self.flip, self.erase, self.crop, p=self.p)
     return self.apply(x, d)
 
+# %% ../nbs/19_randaugment.ipynb #27842f57
 @patch
 def apply(self:PaperAugment, x:Tensor, d:Draws)->Tensor:
     "Do to a batch what was drawn."
@@ -488,10 +487,14 @@ def apply(self:PaperAugment, x:Tensor, d:Draws)->Tensor:
     hole = ((r>=top[:,0])&(r<(top+h)[:,0]))[...,None]&((c>=left)&(c<left+w))
     return torch.where(hole, torch.randn_like(y), y).to(self.dtype)
 
+# %% ../nbs/19_randaugment.ipynb #901760b3
 @patch
 def uncropped(self:PaperAugment):
     "The same for batches that were cropped and resized before."
     return PaperAugment(self.size, self.flip, self.mode, self.erase, self.p, False, self.compile, self.dtype)
+
+@patch
+def __getstate__(self:PaperAugment): return {**self.__dict__, '_compiled':None}
 
 # %% ../nbs/19_randaugment.ipynb #30542f1f
 def _rate(f, n, device, seconds):

@@ -30,6 +30,7 @@ def window_partition(
     check_windows(*x.shape[1:3], s)
     return rearrange(x, 'b (nh a) (nw c) d -> (b nh nw) (a c) d', a=s, c=s)
 
+# %% ../nbs/11_swin.ipynb #15776fbe
 def window_reverse(
     t:torch.Tensor, # (B hw/s^2, s^2, D), as `window_partition` returns them
     s:int, # Side of a window in cells
@@ -41,6 +42,7 @@ def window_reverse(
     return rearrange(t, '(b nh nw) (a c) d -> b (nh a) (nw c) d',
                      nh=h//s, nw=w//s, a=s)
 
+# %% ../nbs/11_swin.ipynb #5adeea51
 def check_windows(
     h:int, # Rows of the grid
     w:int, # Columns of the grid

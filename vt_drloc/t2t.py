@@ -55,20 +55,26 @@ class TokenTransformer(nn.Module):
         self.proj,self.drop = nn.Linear(width, width),nn.Dropout(drop)
         self.norm2,self.mlp = nn.LayerNorm(width),Mlp(width, ratio=1)
 
-    def mix(self, q, key, v):
-        "Attention of one head: three of (B, N, width) -> (B, N, width)"
-        q,key,v = (t[:,None] for t in (q,key,v))         # (B, 1, N, width)
-        return F.scaled_dot_product_attention(q, key, v, scale=self.scale)[:,0]
+# %% ../nbs/12_t2t.ipynb #d3232ed6
+@patch
+def split(self:TokenTransformer, x):
+    "Queries, keys and values: (B, N, dim) -> three of (B, N, width), each contiguous"
+    qkv = rearrange(self.qkv(self.norm1(x)), 'b n (three d) -> three b n d', three=3)
+    return qkv.contiguous().unbind(0)
 
-    def split(self, x):
-        "Queries, keys and values: (B, N, dim) -> three of (B, N, width), each contiguous"
-        qkv = rearrange(self.qkv(self.norm1(x)), 'b n (three d) -> three b n d', three=3)
-        return qkv.contiguous().unbind(0)
+# %% ../nbs/12_t2t.ipynb #9e9bd15d
+@patch
+def mix(self:TokenTransformer, q, key, v):
+    "Attention of one head: three of (B, N, width) -> (B, N, width)"
+    q,key,v = (t[:,None] for t in (q,key,v))         # (B, 1, N, width)
+    return F.scaled_dot_product_attention(q, key, v, scale=self.scale)[:,0]
 
-    def forward(self, x):
-        q,key,v = self.split(x)
-        x = v + self.drop(self.proj(self.mix(q, key, v)))
-        return x + self.drop(self.mlp(self.norm2(x)))
+# %% ../nbs/12_t2t.ipynb #fbb6d952
+@patch
+def forward(self:TokenTransformer, x):
+    q,key,v = self.split(x)
+    x = v + self.drop(self.proj(self.mix(q, key, v)))
+    return x + self.drop(self.mlp(self.norm2(x)))
 
 # %% ../nbs/12_t2t.ipynb #004e8a34
 def random_features(

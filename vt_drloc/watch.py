@@ -83,7 +83,7 @@ def summary(
     u,v,score,gu,gv,gscore,n = map(float, sums)
     return dict(row=u/n, col=v/n, explained=1-score/gscore),dict(row=gu/n, col=gv/n, explained=0.)
 
-# %% ../nbs/16_watch.ipynb #af823c40
+# %% ../nbs/16_watch.ipynb #5d3f8795
 def _check_images(x):
     if not (isinstance(x, torch.Tensor) and x.ndim==4 and x.is_floating_point() and x.numel()):
         what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
@@ -93,6 +93,7 @@ def _check_image(x):
     if isinstance(x, torch.Tensor) and x.ndim != 3: raise ValueError(f"the image is {tuple(x.shape)}; expected one image, (C, H, W), such as x[0]")
     _check_images(x[None] if isinstance(x, torch.Tensor) else x)
 
+# %% ../nbs/16_watch.ipynb #af823c40
 @lru_cache(16)
 def _permutation(n, seed, device): return torch.randperm(n, generator=torch.Generator('cpu').manual_seed(seed), device='cpu').to(device)
 
@@ -104,6 +105,7 @@ def scrambled(
     _check_images(x)
     return x.flatten(2)[..., _permutation(x.shape[2]*x.shape[3], seed, x.device)].view(x.shape)
 
+# %% ../nbs/16_watch.ipynb #a38da267
 def constant(
     x:torch.Tensor, # (B, C, H, W) images
 )->torch.Tensor: # (B, C, H, W)
@@ -285,6 +287,7 @@ def show_arrows(
         ax.set(xlim=(-.8,w-.2), ylim=(h-.2,-.8), xticks=[], yticks=[], aspect='equal', title=name)
     return fig
 
+# %% ../nbs/16_watch.ipynb #792fc2e7
 def show_view(
     view:View # from `view_from`, or kept by `ShowDrloc`
 ): # the figure
