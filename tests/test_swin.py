@@ -335,7 +335,7 @@ def test_compiles_with_drop_path_and_other_sizes():
     m = small(depths=(2,1), drop_path=.4).train()
     torch.compiler.reset()
     compiled = torch.compile(m, fullgraph=True, backend='eager', dynamic=False)
-    for hw in ((16,16),(24,40),(32,16)):
+    for hw in ((16,16),(24,40)):
         x = photo(*hw, B=4)
         torch.manual_seed(1); a = compiled(x)
         torch.manual_seed(1); torch.testing.assert_close(a, m(x))
