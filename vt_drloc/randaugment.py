@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from fastai.basics import DisplayedTransform, TensorImage, store_attr
 from fastai.vision.core import imagenet_stats
+from fastcore.basics import patch
 
 # %% ../nbs/19_randaugment.ipynb #ec3706a0
 OPS = ['AutoContrast','Equalize','Invert','Rotate','Posterize','Solarize','SolarizeAdd','Color','Contrast','Brightness','Sharpness',
@@ -464,8 +465,6 @@ class PaperAugment(DisplayedTransform):
         return TensorImage((x.as_subclass(Tensor).float()*std+mean).clamp(0, 1))
 
 # %% ../nbs/19_randaugment.ipynb #35f31d6a
-from fastcore.basics import patch
-
 @patch
 def run(self:PaperAugment,
     x:Tensor # (B, 3, H, W) uint8
