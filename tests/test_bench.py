@@ -100,6 +100,8 @@ def test_steps_that_lead_a_block_are_not_timed(monkeypatch):
     run,done = Steps(Case(name='lead', batch=4, lead=.45, arms=('eager',), **tiny), 'cpu'),[]
     monkeypatch.setattr(run, 'step', lambda arm: time.sleep(.05 if len(done)<3 else 0.) or done.append(arm))
     assert run.block('eager', 2)<.02 and done==['eager']*5
+    monkeypatch.setattr(run, 'step', lambda arm: time.sleep(0. if done[5:] else .05) or done.append(arm))
+    assert run.warm_up()['eager']['first_step_s']>=.05            # the first step compiles, and is timed
 
 def test_pieces_by_hand():
     ms = dict(zip(bench.PARTS, (19.9,20.,20.01,20.05,20.2)))
