@@ -163,6 +163,7 @@ def warm_up(self:Steps)->dict: # For each arm: first step's seconds, peak bytes 
     self.facts = facts
     return facts
 
+# %% ../nbs/22_bench.ipynb #5a1e0c0c
 @patch
 def memory(self:Steps)->dict: # peak_bytes, `None` if unknown; peak_of: how it was read
     "Most memory of the last steps; a CUDA graph keeps its own for good, so with graphs what is left when all unused memory is given back"

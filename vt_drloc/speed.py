@@ -15,7 +15,7 @@ from torch import nn
 from fastcore.basics import patch
 from .vit import Block
 from .swin import NormedPatches, SwinBlock, WindowAttention
-from .tokens import PatchEmbed, check_stride
+from .tokens import PatchEmbed, patchify
 from .speed_loss import can_fuse, jit, tl, triton
 
 # %% ../nbs/21_speed.ipynb #a85ded05
@@ -215,9 +215,8 @@ def patch_product(
     x:torch.Tensor, # (B, C, H, W) images
 )->torch.Tensor: # (B, H/p, W/p, D)
     "Linear patches as one product"
-    check_stride(*x.shape[-2:], m.patch)
-    x = rearrange(x, 'b c (h p) (w q) -> b h w (c p q)', p=m.patch, q=m.patch)
-    return F.linear(x, m.proj.weight.flatten(1), m.proj.bias)
+    h,w = (n//m.patch for n in x.shape[-2:])
+    return F.linear(patchify(x, m.patch), m.proj.weight.flatten(1), m.proj.bias).unflatten(1, (h,w))
 
 class ProductPatches(PatchEmbed):
     "`PatchEmbed` as a product: (B, C, H, W) -> (B, D, H/p, W/p)"

@@ -194,6 +194,7 @@ def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Te
     _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **sizes)
     return error,sign,pre,kept
 
+# %% ../nbs/21_speed_loss.ipynb #5a1e0c09
 @torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
 def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor,
                      sign:torch.Tensor, x:torch.Tensor, derror:torch.Tensor, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
