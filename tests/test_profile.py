@@ -192,6 +192,18 @@ def test_side_task_counts_the_same_fused(h, w, m):
     first = 3*2*B*(m*2*D*32)
     assert fast==slow-(first if h*w<=m else 0)*(1-h*w/m)
 
+@interpreted
+@pytest.mark.parametrize('h,w,m', [(9,9,6), (4,4,64)])
+def test_side_task_counts_the_class_token(h, w, m):
+    "Multiplied with the cells where those come first, never looked up"
+    from vt_drloc.speed_loss import pair_losses
+    where = 'cuda' if torch.cuda.is_available() else 'cpu'
+    D,B,mlp = 16,2,LocalizationMLP(16, 32).to(where)
+    tokens,pairs = torch.randn(B, 2+h*w, D, requires_grad=True, device=where),torch.randint(h*w, (B,m,2), device=where)
+    grid = tokens[:,2:].mT.unflatten(2, (h,w))
+    alone,behind = (flop(lambda: pair_losses(mlp, grid, pairs, t).sum().backward()) for t in (None,tokens))
+    assert behind==alone+(3*2*B*2*(2*D*32) if h*w<=m else 0)
+
 # --- the chip
 
 def test_limits_of_a_cpu():

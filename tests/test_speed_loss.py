@@ -9,6 +9,7 @@ from vt_drloc.pairs import sample_pairs, targets
 from vt_drloc.speed_loss import can_fuse
 from vt_drloc.speed_loss import fits, pair_losses
 from vt_drloc.speed_loss import _losses, _losses_backward
+from vt_drloc.tokens import to_grid
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 gpu = pytest.mark.skipif(device=='cpu', reason='needs a GPU')
@@ -20,6 +21,12 @@ def inputs(B=2, D=16, h=4, w=5, m=20, hidden=32, dtype=torch.float32):
     torch.manual_seed(0)
     mlp = LocalizationMLP(D, hidden).to(device)
     return mlp,torch.randn(B,h,w,D, device=device).to(dtype).permute(0,3,1,2).requires_grad_(),sample_pairs(B, m, h, w, device)
+
+def behind(prefix, h, w, B=3, D=16, dtype=torch.float32, **kw):
+    "MLP, tokens of which `prefix` come before the cells and are NaN, pairs, and the grid of any such tokens"
+    mlp,grid,pairs = inputs(B, D, h, w, dtype=dtype, **kw)
+    tokens = torch.cat([torch.full((B,prefix,D), float('nan'), device=device, dtype=dtype), grid.detach().flatten(2).mT], 1).requires_grad_()
+    return mlp,tokens,pairs,lambda t: to_grid(t[:,prefix:], h, w)
 
 def plain(mlp, grid, pairs):
     pred = predict_pairs(mlp, grid, pairs)
@@ -61,6 +68,98 @@ def test_tokens_behind_a_class_token(h, w, prefix):
     for k in (0,2,3,4,5): assert torch.equal(got[k], want[k])
 
 @kernels
+@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16])
+@pytest.mark.parametrize('h,w', [(3,3),(6,6),(8,8),(14,5)])
+@pytest.mark.parametrize('prefix', [0,1,2,5])
+def test_tokens_handed_in_are_chapter_6(prefix, h, w, dtype):
+    "The gradient has the tokens' shape and precision, and is zero where no cell is; not even a NaN there reaches a sum"
+    mlp,tokens,pairs,grid = behind(prefix, h, w, dtype=dtype, m=64 if h==8 else 20)
+    got = grads(lambda m,t,p: pair_losses(m, grid(t), p, t), mlp, tokens, pairs)
+    want,alone = (grads(lambda m,t,p: f(m, grid(t), p), mlp, tokens, pairs) for f in (plain,pair_losses))
+    assert (got[1].shape,got[1].dtype)==(tokens.shape,dtype) and got[1].is_contiguous() and not got[1][:,:prefix].any()
+    for k,(a,b,c) in enumerate(zip(got, want, alone)):
+        assert far(a, b) < (1e-5 if dtype==torch.float32 else 1e-4 if k in (0,3,4,5) else 1e-2)
+        if h*w>64 or not prefix: assert torch.equal(a, c)                        # cells that are multiplied first have more rows around them, and a product may add in another order
+        else: assert far(a, c) < (1e-6 if dtype==torch.float32 else 1e-2)
+
+@kernels
+@pytest.mark.parametrize('h,w', [(3,3),(6,6)])
+@pytest.mark.parametrize('lie', ['as channels','among others','each second'])
+@pytest.mark.parametrize('prefix', [0,1,2])
+def test_tokens_wherever_they_lie(prefix, lie, h, w):
+    "Channels first in memory, a part of more tokens, a part of more features: read in place, their gradient is that of a copy"
+    mlp,tokens,pairs,grid = behind(prefix, h, w)
+    t = tokens.detach()
+    t = dict(zip(('as channels','among others','each second'), (t.mT.contiguous().mT, torch.cat([t[:,:1],t,t[:,:3]], 1)[:,1:-3], t.repeat_interleave(2, 2)[...,::2])))[lie]
+    assert not t.is_contiguous() and torch.equal(t.nan_to_num(), tokens.nan_to_num())
+    f = lambda m,t,p: pair_losses(m, grid(t), p, t)
+    for a,b in zip(grads(f, mlp, t.requires_grad_(), pairs), grads(f, mlp, tokens, pairs)): assert torch.equal(a, b)
+
+@kernels
+def test_tokens_under_autocast():
+    "As the grid that is cut from them: the hidden units' gradients are rounded, the tokens' own are not"
+    mlp,tokens,pairs,grid = behind(1, 6, 6, D=64, hidden=64)
+    with torch.autocast(device, torch.bfloat16): got,want = (grads(lambda m,t,p: pair_losses(m, grid(t), p, *more(t)), mlp, tokens, pairs) for more in (lambda t: (t,), lambda t: ()))
+    assert got[1].dtype==torch.float32 and not torch.equal(got[1], got[1].bfloat16().float())
+    for a,b in zip(got, want): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('change,said', [('too few',r'\(2, 19, 16\)'), ('another batch',r'\(1, 21, 16\)'), ('features',r'\(2, 21, 8\)'), ('a grid',r'\(2, 16, 4, 5\)'), ('dtype','bfloat16')])
+@kernels
+def test_tokens_that_hold_no_such_grid(change, said):
+    mlp,grid,pairs = inputs()
+    t = torch.randn(2,21,16, device=device)
+    t = dict(zip(('too few','another batch','features','a grid','dtype'), (t[:,:19], t[:1], t[...,:8], grid, t.bfloat16())))[change]
+    with pytest.raises(ValueError, match=said+r'.*\(2, prefix \+ 20, 16\), or none'): pair_losses(mlp, grid, pairs, t)
+
+def way_back(side, *args, grad=0):
+    "Nodes of a compiled function's way back, and the one that is the gradient of an argument"
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+    seen = []
+    backend = aot_autograd(fw_compiler=lambda g,_: g, bw_compiler=lambda g,_: seen.append(g) or g, decompositions=select_decomp_table())
+    torch.compile(side, backend=backend, fullgraph=True)(*args).backward()
+    torch.compiler.reset()
+    nodes = list(seen[0].graph.nodes)
+    shape = args[grad].shape
+    return nodes,next(o for o in nodes[-1].args[0] if o is not None and o.meta['val'].shape==shape)
+
+from_kernel = lambda node: str(node.target)=='<built-in function getitem>' and node.args[1]==0 and 'pair_losses_backward' in str(node.args[0].target)
+
+@kernels
+@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16])
+@pytest.mark.parametrize('h,w', [(3,3),(6,6)])
+@pytest.mark.parametrize('prefix', [0,1,2])
+def test_nothing_lies_between_the_kernel_and_the_features(prefix, h, w, dtype):
+    "The compiled gradient is what the kernel wrote: nothing is padded, cast or copied; without the tokens it is padded"
+    mlp,tokens,pairs,grid = behind(prefix, h, w, dtype=dtype)
+    for amp in (False,True):
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            nodes,dtokens = way_back(lambda t: pair_losses(mlp, grid(t), pairs, t).mean(), tokens)
+            padded = way_back(lambda t: pair_losses(mlp, grid(t), pairs).mean(), tokens)[0]
+        assert from_kernel(dtokens) and [n for n in nodes if n.op=='call_function' and getattr(n.meta['val'], 'shape', None)==tokens.shape]==[dtokens]
+        assert any('slice_scatter' in n.name or 'pad' in n.name for n in padded)==bool(prefix)
+
+@kernels
+@pytest.mark.parametrize('model', ['t2t_mini','vit_mini','cvt_13_mini','swin_mini','cvt_mini'])
+def test_a_networks_features_get_their_gradient_from_the_kernel(model, monkeypatch):
+    "From `DrlocCallback`'s compiled loss and the benchmark's, behind a class token too; other networks never hand in tokens"
+    import vt_drloc.speed_loss as s
+    from vt_drloc.callback import _from_features
+    from vt_drloc.hybrid import as_backbone
+    from vt_drloc.models import create_model
+    net,pairs,seen = create_model(model, 10).to(device),torch.randint(64, (2,64,2), device=device),[]
+    with torch.no_grad(): f = net.forward_features(torch.randn(2,3,32,32, device=device))
+    back,loss,f = as_backbone(net),DrlocLoss(net.num_features, seed=0).to(device),f.requires_grad_()
+    def per_image(self, grid, pairs, tokens=None):                              # as on a GPU
+        seen.append(tokens is not None)
+        return s.pair_losses(self.mlp, grid, pairs, tokens).mean(-1)
+    want = torch.autograd.grad(loss(back.grid(f, (32,32)), pairs=pairs), f)[0]
+    monkeypatch.setattr(DrlocLoss, 'per_image', per_image)
+    nodes,df = way_back(lambda f: _from_features(loss, back, f, (32,32), pairs), f)
+    assert set(seen)=={f.ndim==3} and far(f.grad, want)<1e-5
+    if f.ndim==3: assert from_kernel(df)
+
+@kernels
 @pytest.mark.parametrize('half', [torch.bfloat16,torch.float16])
 @pytest.mark.parametrize('h,w', [(3,3),(6,6)])
 def test_autocast_rounds_the_hidden_units_gradients_alone(h, w, half):
@@ -87,10 +186,23 @@ def test_a_compiled_loss_knows_of_autocast():
 def test_operations_obey_pytorch(h, w):
     mlp,grid,pairs = inputs(h=h, w=w)
     (l1,_,l2),cells = mlp,grid.flatten(2).transpose(1,2)
-    behind = torch.randn(2,1+h*w,16, device=device)[:,1:]
-    for x in (cells, torch.randn(2,16,h*w, device=device).transpose(1,2), behind):        # in memory as tokens, as a convolution's grid, and behind a class token
+    more = torch.randn(2,2+h*w,16, device=device)
+    for x,prefix in ((cells,0), (torch.randn(2,16,h*w, device=device).transpose(1,2),0), (more[:,2:],0), (more,2), (more[:,1:],1)):     # in memory as tokens, as a convolution's grid, behind a class token, and with it
         leaves = [o.detach().clone().requires_grad_() for o in (x,l1.weight,l1.bias,l2.weight,l2.bias)]
-        torch.library.opcheck(_losses, (leaves[0],pairs,*leaves[1:],h,w,False))
+        torch.library.opcheck(_losses, (leaves[0],pairs,*leaves[1:],prefix,h,w,False))
+
+@kernels
+@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16])
+@pytest.mark.parametrize('h,w', [(3,3),(6,6)])
+def test_the_way_back_is_as_declared(h, w, dtype):
+    "Shape and precision of the tokens: autograd would cast another precision in silence, with a copy"
+    (l1,_,l2),tokens,pairs,_ = behind(1, h, w, dtype=dtype)
+    w1,b1,w2,b2,t = (o.detach() for o in (l1.weight,l1.bias,l2.weight,l2.bias,tokens))
+    for low in (False,True):
+        error,sign,pre,kept = _losses(t, pairs, w1, b1, w2, b2, 1, h, w, low)
+        back = t,pairs,w1,b1,w2,pre,sign,kept,torch.ones_like(error),1,low
+        torch.library.opcheck(_losses_backward, back, test_utils=('test_schema','test_faketensor'))
+        assert (_losses_backward(*back)[0].dtype,_losses_backward(*back)[0].shape)==(dtype,t.shape)
 
 @kernels
 @pytest.mark.parametrize('m', [60,8])
@@ -110,6 +222,19 @@ def test_a_pair_outside_the_grid_is_seen(bad, h):
     assert loss.isnan().nonzero().tolist()==[[1,3]] and torch.equal(loss[0,4:], want[0,4:])
     g, = torch.autograd.grad(loss.nansum(), grid)
     assert g.isfinite().all()
+
+@kernels
+@pytest.mark.parametrize('h', [4,8])
+@pytest.mark.parametrize('prefix', [0,1,2])
+@pytest.mark.parametrize('bad', [-1,-2,None])
+def test_a_pair_outside_the_grid_of_tokens(bad, prefix, h):
+    "NaN where it is; a cell -1 is not the class token, which stays without a gradient"
+    mlp,tokens,pairs,grid = behind(prefix, h, 5, B=2)
+    pairs[1,3,0] = 5*h if bad is None else bad
+    loss = pair_losses(mlp, grid(tokens), pairs, tokens)
+    assert loss.isnan().nonzero().tolist()==[[1,3]]
+    (g,),(want,) = (torch.autograd.grad(o, tokens, torch.ones_like(o)) for o in (loss,pair_losses(mlp, grid(tokens), pairs)))
+    assert g.isfinite().all() and not g[:,:prefix].any() and far(g, want)<1e-6
 
 @kernels
 def test_compiled():
@@ -173,17 +298,18 @@ import triton
 from triton.compiler import ASTSource
 from triton.backends.compiler import GPUTarget
 import vt_drloc.speed_loss as s
-numbers = dict(cells='*fp32', out='*fp32', image='i32', cell='i32', one='i32', D='i32', pre='*fp32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dcells='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','rows','cols')})
+numbers = dict(cells='*fp32', out='*fp32', image='i32', cell='i32', one='i32', D='i32', T='i32', prefix='i32', pre='*fp32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dtokens='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','rows','cols')})
 def build(kernel, low, **fixed):
     names = kernel.arg_names
     half = '*bf16' if low else '*fp32'
     sig = {k: 'constexpr' if k in fixed else half if k in ('dpre','dx','kept') else numbers[k] for k in names}
     code = ASTSource(kernel, sig, constexprs={(names.index(k),):v for k,v in fixed.items()})
     return triton.compile(code, target=GPUTarget('cuda', 90, 32)).asm['ptx']
-for cells in (True,False):
-    assert '.entry _pairs_forward' in build(s._pairs_forward, True, H=512, BH=128, BM=16, CELLS=cells)
-    for low in (True,False): assert '.entry _pairs_backward' in build(s._pairs_backward, low, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low)
-for low in (True,False): assert '.entry _pairs_to_cells' in build(s._pairs_to_cells, low, D=384, BD=128, BM=32, NB=64, LOW=low)
+for one in ({},dict(prefix=1)):                                  # a number that is 1 is known to the compiler
+    for cells in (True,False):
+        assert '.entry _pairs_forward' in build(s._pairs_forward, True, H=512, BH=128, BM=16, CELLS=cells, **one)
+        for low in (True,False): assert '.entry _pairs_backward' in build(s._pairs_backward, low, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low, **one)
+    for low in (True,False): assert '.entry _pairs_to_cells' in build(s._pairs_to_cells, low, D=384, BD=128, BM=32, NB=64, LOW=low, **one)
 for low in (True,False): assert '.entry _pairs_look_up' in build(s._pairs_look_up, low, BD=512, BM=16, KEEP=low)
 print('done')'''
 

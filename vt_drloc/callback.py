@@ -232,7 +232,11 @@ def after_loss(self:DrlocCallback):
     self.learn.loss = self.loss_grad.clone()
 
 # %% ../nbs/07_callback.ipynb #e5ef5b9a
-def _from_features(loss_fn, adapter, f, hw, pairs): return loss_fn(adapter.grid(f, hw), pairs=pairs)
+def _from_features(loss_fn, adapter, f, hw, pairs):
+    "The loss of a network's features, which hands in their grid and, if that was cut from tokens, these"
+    grid = adapter.grid(f, hw)
+    cut = f.ndim==3 and f.shape[1]==adapter.num_prefix_tokens+grid.shape[2]*grid.shape[3]
+    return loss_fn(grid, pairs=pairs, tokens=f if cut else None)
 
 @patch
 def _judge(self:DrlocCallback, grid, f, hw):

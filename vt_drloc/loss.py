@@ -132,13 +132,14 @@ def forward(self:DrlocLoss,
     grid:torch.Tensor, # (B, D, h, w) embeddings
     generator:torch.Generator=None, # Of the grid's device; None draws from the global one
     pairs:torch.Tensor=None, # (B, m, 2) flat indices to use instead of a draw
+    tokens:torch.Tensor=None, # (B, prefix + hw, D) that the grid was cut from, if any
 ) -> torch.Tensor: # Scalar
     B, D, h, w = grid_shape(grid)
     check_grid(h, w)
     check_mlp(self.mlp, D)
     if pairs is None:
         pairs = sample_pairs(B, self.m, h, w, grid.device, generator)
-    return _reductions[self.reduction](self.per_image(grid, pairs))
+    return _reductions[self.reduction](self.per_image(grid, pairs, tokens))
 
 @patch
 def extra_repr(self:DrlocLoss):
@@ -149,11 +150,12 @@ def extra_repr(self:DrlocLoss):
 def per_image(self:DrlocLoss,
     grid:torch.Tensor, # (B, D, h, w) embeddings
     pairs:torch.Tensor, # (B, m, 2) flat cell indices
+    tokens:torch.Tensor=None, # (B, prefix + hw, D) that the grid was cut from, if any
 ) -> torch.Tensor: # (B,) loss of each image
     "L_drloc of each image of a batch"
     if self.fast and grid.is_cuda:
         from vt_drloc.speed_loss import fits, pair_losses
-        if fits(self.mlp, grid): return pair_losses(self.mlp, grid, pairs).mean(-1)
+        if fits(self.mlp, grid): return pair_losses(self.mlp, grid, pairs, tokens).mean(-1)
     pred = predict_pairs(self.mlp, grid, pairs)
     return l1_drloc(pred, targets(pairs, *grid.shape[2:], pred.dtype))
 

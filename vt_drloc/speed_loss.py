@@ -37,10 +37,10 @@ def _cells_of(pairs, b, pair, M, N):
 
 # %% ../nbs/21_speed_loss.ipynb #a5d124d0
 @jit
-def _hidden(pre, b1, b, i, j, pair, ok, c, M, N, H: tl.constexpr, CELLS: tl.constexpr):
+def _hidden(pre, b1, b, i, j, pair, ok, c, M, N, prefix, H: tl.constexpr, CELLS: tl.constexpr):
     "(pairs, chunk) hidden units before the ReLU"
     if CELLS:
-        row = pre + b*N*2*H + c[None,:]
+        row = pre + (b*(prefix + N) + prefix)*2*H + c[None,:]
         h = tl.load(row + i[:,None]*2*H) + tl.load(row + j[:,None]*2*H + H)
     else: h = tl.load(pre + (b*M + pair[:,None])*H + c[None,:], mask=ok[:,None], other=0.)
     return h + tl.load(b1 + c)[None,:]
@@ -50,7 +50,7 @@ def _hidden(pre, b1, b, i, j, pair, ok, c, M, N, H: tl.constexpr, CELLS: tl.cons
 def _sign(x): return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
 
 @jit
-def _pairs_forward(pre, b1, w2, b2, pairs, error, sign, M, N, rows, cols,
+def _pairs_forward(pre, b1, w2, b2, pairs, error, sign, M, N, prefix, rows, cols,
                    H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, CELLS: tl.constexpr):
     "|d_u - t_u| + |d_v - t_v| of some pairs of an image, and both signs"
     b,pair,zero = tl.program_id(0).to(tl.int64),tl.program_id(1)*BM + tl.arange(0, BM),tl.zeros((BM,), tl.float32)
@@ -58,7 +58,7 @@ def _pairs_forward(pre, b1, w2, b2, pairs, error, sign, M, N, rows, cols,
     u,v = zero + tl.load(b2),zero + tl.load(b2 + 1)
     for start in range(0, H, BH):
         c = start + tl.arange(0, BH)
-        h = tl.maximum(_hidden(pre, b1, b, i, j, pair, ok, c, M, N, H, CELLS), 0.)
+        h = tl.maximum(_hidden(pre, b1, b, i, j, pair, ok, c, M, N, prefix, H, CELLS), 0.)
         u += tl.sum(h*tl.load(w2 + c)[None,:], 1)
         v += tl.sum(h*tl.load(w2 + H + c)[None,:], 1)
     u -= tl.div_rn(tl.abs(i//cols - j//cols).to(tl.float32), zero + rows)
@@ -80,9 +80,21 @@ def _spread(one, dh, LOW: tl.constexpr):
     "Add up the pairs' gradients at their cells"
     return tl.dot(one, dh.to(tl.bfloat16)) if LOW else tl.dot(one, dh, input_precision='tf32x3')
 
+@jit
+def _write(dpre, first, second, b, n, c, N, prefix, H: tl.constexpr):
+    "Both halves of an image's gradients at its cells, and zeros at the tokens before them"
+    image,here = dpre + b*(prefix + N)*2*H + c[None,:],n[:,None] < N
+    row = image + (prefix + n[:,None])*2*H
+    tl.store(row, first.to(dpre.dtype.element_ty), mask=here)
+    tl.store(row + H, second.to(dpre.dtype.element_ty), mask=here)
+    for k in range(0, prefix):
+        nothing = tl.zeros((1, c.shape[0]), dpre.dtype.element_ty)
+        tl.store(image + k*2*H, nothing)
+        tl.store(image + k*2*H + H, nothing)
+
 # %% ../nbs/21_speed_loss.ipynb #6c8c739c
 @jit
-def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, H: tl.constexpr, BH: tl.constexpr,
+def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix, H: tl.constexpr, BH: tl.constexpr,
                     BM: tl.constexpr, NB: tl.constexpr, CELLS: tl.constexpr, LOW: tl.constexpr):
     "Gradients of BH hidden units of an image, and its share of those of biases and second layer"
     b,c,n = tl.program_id(0).to(tl.int64),tl.program_id(1)*BH + tl.arange(0, BH),tl.arange(0, NB)
@@ -92,7 +104,7 @@ def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, H: tl.c
     for start in range(0, M, BM):
         pair = start + tl.arange(0, BM)
         i,j,ok,_ = _cells_of(pairs, b, pair, M, N)
-        h = tl.maximum(_hidden(pre, b1, b, i, j, pair, ok, c, M, N, H, CELLS), 0.)
+        h = tl.maximum(_hidden(pre, b1, b, i, j, pair, ok, c, M, N, prefix, H, CELLS), 0.)
         at = b*M + pair
         g = tl.load(derror + at, mask=ok, other=0.)
         gu,gv = g*tl.load(sign + 2*at, mask=ok, other=0.),g*tl.load(sign + 2*at + 1, mask=ok, other=0.)
@@ -103,10 +115,7 @@ def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, H: tl.c
             first += _spread(_ones(i, ok, NB, LOW), dh, LOW)
             second += _spread(_ones(j, ok, NB, LOW), dh, LOW)
         else: tl.store(dpre + at[:,None]*H + c[None,:], dh.to(dpre.dtype.element_ty), mask=ok[:,None])
-    if CELLS:
-        row,here = dpre + (b*N + n[:,None])*2*H + c[None,:],n[:,None] < N
-        tl.store(row, first.to(dpre.dtype.element_ty), mask=here)
-        tl.store(row + H, second.to(dpre.dtype.element_ty), mask=here)
+    if CELLS: _write(dpre, first, second, b, n, c, N, prefix, H)
     part = parts + b*(3*H + 2)
     tl.store(part + c, db1); tl.store(part + H + c, dwu); tl.store(part + 2*H + c, dwv)
     if tl.program_id(1) == 0:
@@ -148,20 +157,20 @@ def _look_up(cells, pairs, low):
     return rows,kept
 
 # %% ../nbs/21_speed_loss.ipynb #716c9f7b
-def _cells_first(cells, pairs): return cells.shape[1] <= min(64, pairs.shape[1])
+def _cells_first(N, pairs): return N <= min(64, pairs.shape[1])
 
 def _halves(w1):
     "The first layer's weights for the first cell of a pair, and below them those for the second"
     return w1.view(len(w1), 2, -1).transpose(0, 1).reshape(2*len(w1), -1)
 
-def _sizes(cells, pairs, hidden, most):
+def _sizes(N, pairs, hidden, most):
     block = min(most, hidden & -hidden)                     # the largest power of 2 in `hidden`, at most `most`
-    return dict(H=hidden, BH=block, CELLS=_cells_first(cells, pairs))
+    return dict(H=hidden, BH=block, CELLS=_cells_first(N, pairs))
 
 # %% ../nbs/21_speed_loss.ipynb #9a27c0e6
 @jit
-def _pairs_to_cells(dx, pairs, dcells, M, N, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, NB: tl.constexpr, LOW: tl.constexpr):
-    "Add up the gradients of an image's looked-up rows, two a pair, at their cells"
+def _pairs_to_cells(dx, pairs, dtokens, M, T, prefix, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, NB: tl.constexpr, LOW: tl.constexpr):
+    "Add up the gradients of an image's looked-up rows, two a pair, at their cells; zeros at the tokens before them"
     b,n,c = tl.program_id(0).to(tl.int64),tl.program_id(1)*NB + tl.arange(0, NB),tl.program_id(2)*BD + tl.arange(0, BD)
     total = tl.zeros((NB, BD), tl.float32)
     for start in range(0, 2*M, BM):
@@ -169,67 +178,76 @@ def _pairs_to_cells(dx, pairs, dcells, M, N, D: tl.constexpr, BD: tl.constexpr, 
         ok = k < 2*M
         cell = tl.load(pairs + b*2*M + k, mask=ok, other=-1)
         d = tl.load(dx + (b*2*M + k[:,None])*D + c[None,:], mask=ok[:,None] & (c < D)[None,:], other=0.)
-        one = (n[:,None] == cell[None,:]).to(tl.float32)
+        one = ((n[:,None] == prefix + cell[None,:]) & (cell >= 0)[None,:]).to(tl.float32)
         total += tl.dot(one.to(tl.bfloat16), d) if LOW else tl.dot(one, d.to(tl.float32), input_precision='tf32x3')
-    tl.store(dcells + (b*N + n[:,None])*D + c[None,:], total.to(dcells.dtype.element_ty), mask=(n < N)[:,None] & (c < D)[None,:])
+    tl.store(dtokens + (b*T + n[:,None])*D + c[None,:], total.to(dtokens.dtype.element_ty), mask=(n < T)[:,None] & (c < D)[None,:])
 
-def _at_cells(dx, pairs, N, dtype):
-    "(B, N, D) sums of (2 m B, D) gradients"
+def _at_cells(dx, pairs, T, prefix, dtype):
+    "(B, T, D) sums of (2 m B, D) gradients"
     (B,M,_),D = pairs.shape,dx.shape[-1]
-    dcells,(NB,BD) = dx.new_empty(B, N, D, dtype=dtype),(64,128)
-    _pairs_to_cells[B,triton.cdiv(N, NB),triton.cdiv(D, BD)](dx, pairs, dcells, M, N, D, BD=BD, BM=32, NB=NB, LOW=dx.dtype==torch.bfloat16 and dx.is_cuda)
-    return dcells
+    dtokens,(NB,BD) = dx.new_empty(B, T, D, dtype=dtype),(64,128)
+    _pairs_to_cells[B,triton.cdiv(T, NB),triton.cdiv(D, BD)](dx, pairs, dtokens, M, T, prefix, D, BD=BD, BM=32, NB=NB, LOW=dx.dtype==torch.bfloat16 and dx.is_cuda)
+    return dtokens
 
 # %% ../nbs/21_speed_loss.ipynb #633430bc
 @torch.library.custom_op('vt_drloc::pair_losses', mutates_args=())
-def _losses(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor,
-            b2:torch.Tensor, rows:int, cols:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
-    (B,m,_),D = pairs.shape,cells.shape[2]
-    with torch.autocast(cells.device.type, enabled=False):
-        if _cells_first(cells, pairs): pre,kept = _times(cells.reshape(-1, D), _halves(w1)),cells.new_empty(0)
+def _losses(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, b2:torch.Tensor,
+            prefix:int, rows:int, cols:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
+    (B,m,_),N = pairs.shape,rows*cols
+    with torch.autocast(tokens.device.type, enabled=False):
+        if _cells_first(N, pairs): pre,kept = _times(tokens.reshape(-1, tokens.shape[2]), _halves(w1)),tokens.new_empty(0)
         else:
-            x,kept = _look_up(cells, pairs, low)
+            x,kept = _look_up(tokens[:,prefix:], pairs, low)
             pre = _times(x, w1)
-    error,sign,sizes = pre.new_empty(B, m),pre.new_empty(B, m, 2),_sizes(cells, pairs, len(b1), 128)
-    _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, rows*cols, rows, cols, BM=16, num_warps=8, **sizes)
+    error,sign,sizes = pre.new_empty(B, m),pre.new_empty(B, m, 2),_sizes(N, pairs, len(b1), 128)
+    _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, N, prefix, rows, cols, BM=16, num_warps=8, **sizes)
     return error,sign,pre,kept
 
 # %% ../nbs/21_speed_loss.ipynb #5a1e0c09
+def _cells_alone(tokens, prefix, dtype):
+    "(B T, D) tokens, those before the cells zero"
+    if prefix:
+        tokens = tokens.to(dtype, copy=True)
+        tokens[:,:prefix] = 0
+    return tokens.reshape(-1, tokens.shape[2])
+
 @torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
-def _losses_backward(cells:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor,
-                     sign:torch.Tensor, x:torch.Tensor, derror:torch.Tensor, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
-    (B,N,D),m,s = cells.shape,pairs.shape[1],_sizes(cells, pairs, len(b1), 64)
-    x,w = (cells.reshape(B*N, D),_halves(w1)) if s['CELLS'] else (x,w1)
-    dpre,parts = torch.empty_like(pre, dtype=torch.bfloat16 if low else torch.float32),pre.new_empty(B, 3*len(b1)+2)
+def _losses_backward(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor, sign:torch.Tensor,
+                     x:torch.Tensor, derror:torch.Tensor, prefix:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
+    (B,T,D),m,N,half = tokens.shape,pairs.shape[1],tokens.shape[1]-prefix,torch.bfloat16 if low else torch.float32
+    s = _sizes(N, pairs, len(b1), 64)
+    x,w = (_cells_alone(tokens, prefix, half),_halves(w1)) if s['CELLS'] else (x,w1)
+    dpre,parts = torch.empty_like(pre, dtype=half),pre.new_empty(B, 3*len(b1)+2)
     least = lambda n: max(16, triton.next_power_of_2(n))
-    _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, NB=least(N) if s['CELLS'] else 16,
+    _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, prefix, NB=least(N) if s['CELLS'] else 16,
                                        BM=min(32 if s['CELLS'] else 64, least(m)), LOW=low and x.is_cuda, **s)
-    with torch.autocast(cells.device.type, enabled=False): dx,dw = _times_back(dpre, x, w, cells.dtype if s['CELLS'] else dpre.dtype)
+    with torch.autocast(tokens.device.type, enabled=False): dx,dw = _times_back(dpre, x, w, tokens.dtype if s['CELLS'] else half)
     if s['CELLS']: dw = dw.view(2, -1, D).transpose(0, 1)
-    else: dx = _at_cells(dx.view(-1, D), pairs, N, cells.dtype)
-    return dx.view(B, N, D),dw.reshape(-1, 2*D),parts.sum(0)
+    else: dx = _at_cells(dx.view(-1, D), pairs, T, prefix, tokens.dtype)
+    return dx.view(B, T, D),dw.reshape(-1, 2*D),parts.sum(0)
 
 # %% ../nbs/21_speed_loss.ipynb #7a719414
 @_losses.register_fake
-def _(cells, pairs, w1, b1, w2, b2, rows, cols, low):
+def _(tokens, pairs, w1, b1, w2, b2, prefix, rows, cols, low):
     B,m,_ = pairs.shape
-    if _cells_first(cells, pairs): n,H,kept = B*cells.shape[1],2*len(b1),cells.new_empty(0)
+    if _cells_first(rows*cols, pairs): n,H,kept = B*tokens.shape[1],2*len(b1),tokens.new_empty(0)
     else: n,H,kept = B*m,len(b1),w1.new_empty(B*m, w1.shape[1], dtype=torch.bfloat16 if low else torch.float32)
     return w1.new_empty(B, m),w1.new_empty(B, m, 2),w1.new_empty(n, H),kept
 
 @_losses_backward.register_fake
-def _(cells, pairs, w1, b1, w2, pre, sign, x, derror, low): return cells.new_empty(cells.shape),w1.new_empty(w1.shape),w1.new_empty(3*len(b1)+2)
+def _(tokens, pairs, w1, b1, w2, pre, sign, x, derror, prefix, low):
+    return tokens.new_empty(tokens.shape),w1.new_empty(w1.shape),w1.new_empty(3*len(b1)+2)
 
 def _keep(ctx, inputs, output):
-    cells,pairs,w1,b1,w2,*_,ctx.low = inputs
-    ctx.save_for_backward(cells, pairs, w1, b1, w2, output[2], output[1], output[3])
+    tokens,pairs,w1,b1,w2,_,ctx.prefix,*_,ctx.low = inputs
+    ctx.save_for_backward(tokens, pairs, w1, b1, w2, output[2], output[1], output[3])
     ctx.set_materialize_grads(False)
 
 def _gradients(ctx, derror, *_):
-    if derror is None: return (None,)*9
-    dcells,dw1,parts = _losses_backward(*ctx.saved_tensors, derror, ctx.low)
+    if derror is None: return (None,)*10
+    dtokens,dw1,parts = _losses_backward(*ctx.saved_tensors, derror, ctx.prefix, ctx.low)
     H = len(ctx.saved_tensors[3])
-    return dcells,None,dw1,parts[:H],parts[H:3*H].view(2, H),parts[3*H:],None,None,None
+    return dtokens,None,dw1,parts[:H],parts[H:3*H].view(2, H),parts[3*H:],None,None,None,None
 
 _losses.register_autograd(_gradients, setup_context=_keep)
 
@@ -248,13 +266,24 @@ def _half(x):
     kind = x.device.type
     return x.dtype==torch.bfloat16 or torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)==torch.bfloat16
 
+# %% ../nbs/21_speed_loss.ipynb #9a27c0e9
+def _check_tokens(tokens, grid):
+    "Refuse tokens that the grid cannot have been cut from"
+    (B,D,h,w),shape = grid.shape,tuple(tokens.shape)
+    if not (len(shape)==3 and shape[0]==B and shape[1]>=h*w and shape[2]==D and (tokens.dtype,tokens.device)==(grid.dtype,grid.device)):
+        raise ValueError(f"tokens {shape}, {tokens.dtype}, on {tokens.device} do not hold a grid {tuple(grid.shape)}, {grid.dtype}, on {grid.device}; "
+                         f"hand in the tokens it was cut from, ({B}, prefix + {h*w}, {D}), or none")
+
 def pair_losses(
     mlp:nn.Module, # A localization MLP in float32
     grid:torch.Tensor, # (B, D, h, w) embeddings
     pairs:torch.Tensor, # (B, m, 2) flat cell indices; one outside the grid gives NaN
+    tokens:torch.Tensor=None, # (B, prefix + hw, D), whose last hw are the grid's cells row by row; None: there is the grid alone
 )->torch.Tensor: # (B, m) |d_u - t_u| + |d_v - t_v|, in units of the grid's height and width
     "What Eq. 2 adds up, for every pair, in a few kernels"
     if not fits(mlp, grid): raise ValueError(f"grid {grid.dtype} on {grid.device}, {type(mlp).__name__}: the kernels need a float32 localization MLP of two layers whose hidden "
         "width is a multiple of 16, a float32 or bfloat16 grid, and a GPU with Triton or Triton's interpreter; use predict_pairs and l1_drloc")
-    l1,_,l2 = mlp
-    return _losses(to_tokens(grid), pairs.contiguous(), l1.weight, l1.bias, l2.weight, l2.bias, *grid.shape[2:], _half(grid))[0]
+    if tokens is None: tokens = to_tokens(grid)
+    else: _check_tokens(tokens, grid)
+    (l1,_,l2),(h,w) = mlp,grid.shape[2:]
+    return _losses(tokens, pairs.contiguous(), l1.weight, l1.bias, l2.weight, l2.bias, tokens.shape[1]-h*w, h, w, _half(grid))[0]
