@@ -329,17 +329,19 @@ def test_compiled_loss_of_a_network_with_a_class_token():
 
 def test_the_loss_gets_the_tokens_that_a_grid_was_cut_from():
     "Only where the grid is the last of them: not from a grid of features, and not from an adapter that cuts in its own way"
-    from vt_drloc.callback import _from_features
+    from vt_drloc.callback import features_loss
     from vt_drloc.hybrid import Adapter
     from vt_drloc.tokens import to_grid
     class Behind(Adapter):
         def grid(self, f, hw): return to_grid(f[:,:-1], 4, 4)
+    class Turned(Adapter):
+        def grid(self, f, hw): return to_grid(f[:,1:], 4, 4).flip(-1)
     seen = []
     def loss(grid, pairs, tokens): seen.append((grid,tokens))
     tap = nn.Identity(),'forward'
     tokens = torch.randn(2,17,8)
-    for adapter,f in ((Adapter(None, tap, 8, 1),tokens), (Adapter(None, tap, 8, 0),tokens[:,1:]), (Adapter(None, tap, 8),torch.randn(2,8,4,4)), (Adapter(None, tap, 8),torch.randn(2,4,4,8)), (Behind(None, tap, 8),tokens)):
-        _from_features(loss, adapter, f, (32,32), None)
+    for adapter,f in ((Adapter(None, tap, 8, 1),tokens), (Adapter(None, tap, 8, 0),tokens[:,1:]), (Adapter(None, tap, 8),torch.randn(2,8,4,4)), (Adapter(None, tap, 8),torch.randn(2,4,4,8)), (Behind(None, tap, 8),tokens), (Turned(None, tap, 8, 1),tokens)):
+        features_loss(loss, adapter, f, (32,32), None)
         assert torch.equal(seen[-1][0], adapter.grid(f, (32,32)))
         assert seen[-1][1] is (f if type(adapter) is Adapter and f.ndim==3 else None)
 

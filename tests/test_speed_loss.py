@@ -144,7 +144,7 @@ def test_nothing_lies_between_the_kernel_and_the_features(prefix, h, w, dtype):
 def test_a_networks_features_get_their_gradient_from_the_kernel(model, monkeypatch):
     "From `DrlocCallback`'s compiled loss and the benchmark's, behind a class token too; other networks never hand in tokens"
     import vt_drloc.speed_loss as s
-    from vt_drloc.callback import _from_features
+    from vt_drloc.callback import features_loss
     from vt_drloc.hybrid import as_backbone
     from vt_drloc.models import create_model
     net,pairs,seen = create_model(model, 10).to(device),torch.randint(64, (2,64,2), device=device),[]
@@ -155,7 +155,7 @@ def test_a_networks_features_get_their_gradient_from_the_kernel(model, monkeypat
         return s.pair_losses(self.mlp, grid, pairs, tokens).mean(-1)
     want = torch.autograd.grad(loss(back.grid(f, (32,32)), pairs=pairs), f)[0]
     monkeypatch.setattr(DrlocLoss, 'per_image', per_image)
-    nodes,df = way_back(lambda f: _from_features(loss, back, f, (32,32), pairs), f)
+    nodes,df = way_back(lambda f: features_loss(loss, back, f, (32,32), pairs), f)
     assert set(seen)=={f.ndim==3} and far(f.grad, want)<1e-5
     if f.ndim==3: assert from_kernel(df)
 

@@ -88,14 +88,14 @@ def _model(self:Steps):
 @patch
 def _side(self:Steps):
     "The side task's loss and generator, from features on; its parameters"
-    from vt_drloc.callback import _from_features
+    from vt_drloc.callback import features_loss
     back,hw = as_backbone(self.model),(self.case.size,)*2
     with torch.no_grad(): _,D,*self.cells = back.grid(back.forward_features(self.x[:2]), hw).shape
     drloc = self.drloc = DrlocLoss(D, seed=0).to(self.device)
     self.generator = torch.Generator(self.device).manual_seed(0)
     def side(f, pairs): return drloc(back.grid(f, hw), pairs=pairs)
     def grid(f, pairs): return 0*back.grid(f, hw).float().mean()
-    def joint(f, pairs): return _from_features(drloc, back, f, hw, pairs)
+    def joint(f, pairs): return features_loss(drloc, back, f, hw, pairs)
     self.judges = dict(eager=dict(side=side, grid=grid), compiled={k: torch.compile(o, **self._compiling()) for k,o in dict(side=joint, grid=grid).items()})
     return list(drloc.parameters())
 
