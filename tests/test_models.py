@@ -1,5 +1,5 @@
 "models by name: against timm and torchvision, sizes and options, public weights without a network, checkpoints and what can be wrong with them"
-import argparse, copy, json, pickle, re
+import argparse, copy, json, os, pickle, re, signal
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -613,6 +613,56 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(models, 'save_file', half)
     with pytest.raises(OSError, match='disk full'): save_model(create_model('demo_cvt', 3), f)
     assert f.read_bytes()==before and [p.name for p in tmp_path.iterdir()]==['a.safetensors']
+
+def test_replacing_flushes_then_renames_then_flushes_the_folder(tmp_path, monkeypatch):
+    "After a power cut a name must not stand over bytes that never reached the disk, nor be lost itself"
+    done = []
+    stock,move = models.flush,models.os.replace
+    monkeypatch.setattr(models, 'flush', lambda p: (done.append(('flush',Path(p).name)), stock(p)))
+    monkeypatch.setattr(models.os, 'replace', lambda a,b: (done.append(('replace',Path(a).name,Path(b).name)), move(a, b)))
+    f = tmp_path/'new'/'a.json'
+    with replacing(f) as tmp: tmp.write_text('whole'); assert not f.exists() and tmp.parent==f.parent
+    assert done==[('flush',tmp.name), ('replace',tmp.name,'a.json'), ('flush','new')]
+    assert f.read_text()=='whole' and [o.name for o in f.parent.iterdir()]==['a.json']
+
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
+def test_replacing_leaves_the_old_file_after_an_error(tmp_path, error):
+    f = tmp_path/'a.json'
+    f.write_text('old')
+    with pytest.raises(error), replacing(f) as tmp: tmp.write_text('ha'); raise error()
+    with pytest.raises(FileNotFoundError), replacing(f): pass                     # nothing was written
+    assert f.read_text()=='old' and [o.name for o in tmp_path.iterdir()]==['a.json']
+
+def killed_while_writing(f, beside, at):
+    "A process that is killed by the operating system before the flush, after it, or after the rename; what killed it"
+    if pid := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def die(*args): os.kill(os.getpid(), signal.SIGKILL)
+    if at=='before the flush': models.flush = die
+    if at=='before the rename': models.os.replace = die
+    if at=='after the rename': stock = models.flush; models.flush = lambda p: die() if Path(p).is_dir() else stock(p)
+    with replacing(f, beside) as tmp: tmp.write_text('new')
+    os._exit(0)
+
+@pytest.mark.parametrize('at', ['before the flush','before the rename','after the rename'])
+def test_replacing_when_the_process_is_killed(tmp_path, at):
+    "The old file or the new one, whole; what is left beside it under a fixed name goes with the next write"
+    f,beside = tmp_path/'a.json',tmp_path/'a.tmp'
+    f.write_text('old')
+    assert killed_while_writing(f, beside, at)==-signal.SIGKILL
+    assert f.read_text()==('new' if at=='after the rename' else 'old') and beside.exists()==(at!='after the rename')
+    with replacing(f, beside) as tmp: tmp.write_text('next')
+    assert f.read_text()=='next' and [o.name for o in tmp_path.iterdir()]==['a.json']
+
+def test_two_processes_that_write_one_file_do_not_meet(tmp_path):
+    "Each has a name of its own beside it, so that neither renames what the other has half written"
+    f = tmp_path/'a.json'
+    with replacing(f) as mine:
+        if not (pid := os.fork()):
+            with replacing(f) as tmp: tmp.write_text('theirs')
+            os._exit(0 if tmp!=mine else 1)
+        mine.write_text('mine')
+        assert os.waitpid(pid, 0)[1]==0 and f.read_text()=='theirs'
+    assert f.read_text()=='mine' and [o.name for o in tmp_path.iterdir()]==['a.json']
 
 # --- files that are wrong
 

@@ -6,6 +6,7 @@ from PIL import Image
 from torch import nn
 from safetensors.torch import load_file
 from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, accuracy, partial, set_seed
+import vt_drloc.models as models
 import vt_drloc.resume as mod
 import vt_drloc.train as tr
 from vt_drloc.callback import DrlocCallback
@@ -36,13 +37,13 @@ class Kill(Callback):
         if self.train_iter==self.at: os.kill(os.getpid(), signal.SIGKILL)
 
 def die_in_flush(n):
-    "Kill at the n-th flush from now: the file is written, but has not its name yet"
-    stock,count = mod.flush,[0]
+    "Kill at the flush of the n-th checkpoint from now: the file is written, but has not its name yet"
+    stock,count = models.flush,[0]
     def flush(path):
         stock(path)
-        count[0] += 1
+        count[0] += '.ckpt' in Path(path).name
         if count[0]==n: os.kill(os.getpid(), signal.SIGKILL)
-    mod.flush = flush
+    models.flush = flush
 
 def child(out, kill=None, flush=None, rank=None, port=0, **kw):
     "A process that runs the console script; its id"
@@ -84,7 +85,7 @@ def server(path):
         res[k] = []
         for i,p in enumerate(points): res[k] += wait(child(path/k, kill=p, save_every='2', resume=i>0))
         res[k] += wait(child(path/k, save_every='2', resume=True))
-    res['in_a_write'] = wait(child(path/'in_a_write', flush=5, save_every='2')) + wait(child(path/'in_a_write', save_every='2', resume=True))
+    res['in_a_write'] = wait(child(path/'in_a_write', flush=3, save_every='2')) + wait(child(path/'in_a_write', save_every='2', resume=True))
     res['other_lr'] = wait(child(path/'other', kill=('after_batch',3), save_every='2')) + wait(child(path/'other', save_every='2', resume=True, lr=1e-3))
     res['two'] = wait(*pair(path/'two'))
     pids = pair(path/'two_killed', kill=('after_batch',7), save_every='2')

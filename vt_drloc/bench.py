@@ -25,7 +25,7 @@ from .models import MODELS, Entry, create_model, list_models
 from .loss import DrlocLoss
 from .pairs import sample_pairs
 from .hybrid import as_backbone
-from .compare import _circumstances
+from .compare import _circumstances, write_json
 
 # %% ../nbs/22_bench.ipynb #3c1c4209
 @dataclass
@@ -701,7 +701,7 @@ def _clock(rec, file, device):
             values = {n: float(v) for n,v in zip(names, self.learn.final_record) if v is not None}
             rec['epochs'].append(dict(wall_s=self.now()-self.start, steady_s=self.train_s, valid_s=self.now()-self.t, **values))
             rec.update(clocked(rec['epochs']), status='complete' if self.epoch+1==self.n_epoch else 'cut short')
-            if file: _write(file, rec)
+            if file: write_json(file, rec)
     return Clock()
 
 # %% ../nbs/22_bench.ipynb #2f7cf6de
@@ -831,14 +831,6 @@ def quality_goals(
 GOALS = dict(side=side_goals, side512=side_goals, side_small=side_goals, cpu=side_goals, whole=whole_goals, gpus=gpu_goals, curves=curve_goals, quality=quality_goals)
 
 # %% ../nbs/22_bench.ipynb #73734fb6
-def _write(file, data):
-    "Replace the file in one step"
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_suffix('.tmp')
-    tmp.write_text(json.dumps(data, indent=1)+'\n')
-    os.replace(tmp, file)
-
 def _line(r):
     "A row of a record as text"
     if 'error' in r: return f"{r['name']}: {r['error']}"
@@ -885,6 +877,6 @@ def main(
     switches = {} if callable(what) else dict(cudnn_benchmark=device=='cuda', float32_matmul_precision='high in bf16 cases, highest in float32')
     rec = dict(section=section, circumstances=dict(_circumstances(device), **switches), rows=rows, seconds=round(time.perf_counter()-start, 1))
     name = f'sweep-{plan}' if section=='sweep' else section
-    if section!='quality': _write(Path(out)/f'{name}.json', rec)        # its runs have written theirs
+    if section!='quality': write_json(Path(out)/f'{name}.json', rec)        # its runs have written theirs
     for r in rows: print(_line(r))
     _say_goals(rec, say)

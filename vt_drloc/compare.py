@@ -6,7 +6,7 @@ Docs: https://SET_ME.github.io/vt_drloc/compare.html.md"""
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'RIVALS', 'multiply_adds', 'activations', 'costs', 'final_grid', 'reach', 'Contender', 'contenders',
-           'Bench', 'measure', 'check_gradients', 'cases', 'Record', 'read_record', 'main']
+           'Bench', 'measure', 'check_gradients', 'cases', 'Record', 'write_json', 'read_record', 'main']
 
 # %% ../nbs/18_compare.ipynb #f440a1d3
 import gc, json, os, platform, subprocess, time, traceback
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .hybrid import as_backbone
-from .models import create_model, list_models, model_info
+from .models import create_model, list_models, model_info, replacing
 
 # %% ../nbs/18_compare.ipynb #a21b457d
 _ops = dict(convolution='conv', addmm='linear', mm='linear')     # all others: products inside attention
@@ -384,15 +384,19 @@ class Record:
         self.past = old['seconds']
 
 # %% ../nbs/18_compare.ipynb #64653bac
+def write_json(
+    file, # Its path
+    data, # Anything JSON can hold
+):
+    "Replace a JSON file in one step"
+    with replacing(file) as tmp: tmp.write_text(json.dumps(data, indent=1)+'\n')
+
 @patch
 def write(self:Record, seconds):
-    "Replace the file in one step"
+    "Sum up and write"
     self.data['seconds'] = round(self.past+seconds, 1)
-    self.file.parent.mkdir(parents=True, exist_ok=True)
     self.data['cut_short'] = any(self.data['left_out'].values())
-    tmp = self.file.with_suffix('.tmp')
-    tmp.write_text(json.dumps(self.data, indent=1)+'\n')
-    os.replace(tmp, self.file)
+    write_json(self.file, self.data)
 
 # %% ../nbs/18_compare.ipynb #a2e4d757
 def read_record(

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch, store_attr
 from fastcore.script import anno_parser, call_parse
+from .models import replacing
 from .train import Recipe, main as train_main, read_records, run_name
 
 # %% ../nbs/23_evidence.ipynb #e29682b1
@@ -263,11 +264,9 @@ def write_pack(self:Runner, limit:int=6_000_000): # bytes of a file of weights
     files = [self.out/'logs'/'plan.json', *(self.out/f'{r.name}.json' for r in self.runs), *(self.out/'logs'/f'{r.name}.log' for r in self.having('failed'))]
     kept = [r for r in self.having('done') if r.recipe.model==self.weights and not r.recipe.seed]
     files += [f for r in kept for f in (self.out/f'{r.name}.safetensors', self.out/f'{r.name}.mlp.safetensors') if f.exists() and f.stat().st_size <= limit]
-    tmp = Path(f'{self.pack}.tmp')
-    with tarfile.open(tmp, 'w:gz', compresslevel=3) as tar:
+    with replacing(self.pack) as tmp, tarfile.open(tmp, 'w:gz', compresslevel=3) as tar:
         for f in files:
             if f.exists(): tar.add(f, f.relative_to(self.out))
-    tmp.replace(self.pack)
 
 @patch
 def line(self:Runner)->str:

@@ -8,7 +8,7 @@ Docs: https://SET_ME.github.io/vt_drloc/models.html.md"""
 __all__ = ['MODELS', 'PUBLIC', 'vit_tiny_16', 'vit_small_16', 'vit_base_16', 'ResNet', 'resnet50', 'resnet_mini', 'ConvResidual',
            'Hybrid', 'hybrid_s', 'hybrid_m', 'demo_cvt', 'Entry', 'register', 'list_models', 'model_info',
            'create_model', 'resize_pos', 'load_weights', 'Weights', 'weights_dir', 'weights_help', 'weights_file',
-           'public_weights', 'save_model', 'read_header', 'load_model']
+           'public_weights', 'flush', 'replacing', 'save_model', 'read_header', 'load_model']
 
 # %% ../nbs/13_models.ipynb #4b5955ce
 import contextlib,inspect,json,logging,os,re
@@ -526,6 +526,32 @@ def _differ(a, b):
     "Names of tensors that only one of two state dicts has, or that differ in shape"
     return [k for k in sorted(set(a)|set(b)) if k not in a or k not in b or a[k].shape!=b[k].shape]
 
+# %% ../nbs/13_models.ipynb #1b07395c
+def flush(
+    path:str|Path, # A file, or a folder
+):
+    "Wait until it is on the disk"
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    except OSError: pass                 # some file systems cannot flush a folder
+    finally: os.close(fd)
+
+@contextlib.contextmanager
+def replacing(
+    path:str|Path, # File to write; its folder is made if it is missing
+    beside:str|Path|None=None, # Where it lies until it is whole; None: a name of this process, so that two that write the same file do not meet
+):
+    "Gives a path to write to; in the end that file takes the place of `path` in one step, or after an error nothing does"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(beside or path.with_name(f'.{path.name}.{os.getpid()}.tmp'))
+    try:
+        yield tmp
+        flush(tmp)
+        os.replace(tmp, path)
+        flush(path.parent)               # the new name, too
+    finally: tmp.unlink(missing_ok=True)
+
 # %% ../nbs/13_models.ipynb #82a745f7
 def save_model(
     model:nn.Module, # Made by `create_model`, perhaps compiled or made parallel since
@@ -533,16 +559,11 @@ def save_model(
     **extra, # More for the header: anything JSON can hold, such as `vocab=[...]`
 ):
     "Write a checkpoint: weights, and what is needed to build the network again"
-    model,path = unwrap(model),Path(path)
+    model = unwrap(model)
     header,sd = _header(model, extra),{k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     if bad := _differ(sd, _skeleton(**model.recipe_args).state_dict()):
         raise ValueError(f"{', '.join(bad[:3])}: the network is not as {model.recipe_args} makes it; it was changed since. Set model.recipe_args, or undo the change")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        save_file(sd, tmp, metadata=header)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with replacing(path) as tmp: save_file(sd, tmp, metadata=header)
 
 # %% ../nbs/13_models.ipynb #0599216f
 def _foreign(path, e):

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from fastcore.script import call_parse
 from .pairs import gather_pairs
 from .hybrid import as_backbone
-from .compare import _circumstances
+from .compare import _circumstances, write_json
 import vt_drloc.speed # registers the operations that have formulas below
-from .bench import Case, Steps, Worker, _ready, _steps, _switches, _write
+from .bench import Case, Steps, Worker, _ready, _steps, _switches
 
 # %% ../nbs/22_profile.ipynb #ac8686d3
 GROUPS = ('matrix products','attention','convolution','pointwise',
@@ -316,6 +316,6 @@ def main(
     for r in profile_cases(gpu_cases(batch) if device=='cuda' else TRY, device, steps, say):
         rec['rows'].append(r)
         rec['seconds'] = round(time.perf_counter()-start, 1)
-        _write(Path(out)/'profile.json', rec)
+        write_json(Path(out)/'profile.json', rec)
         say(_line(r))
     if all('error' in r for r in rec['rows']): sys.exit('vt_drloc.profile: no case could be profiled')

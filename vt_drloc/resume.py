@@ -6,11 +6,11 @@ Docs: https://SET_ME.github.io/vt_drloc/resume.html.md"""
 
 # %% auto #0
 __all__ = ['generators', 'set_generators', 'progress', 'set_progress', 'snapshot', 'restore', 'pack', 'unpack', 'ResumeError',
-           'flush', 'checkpoints', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'differences',
-           'fingerprint', 'interval', 'Checkpoints', 'remembered', 'go_on']
+           'checkpoints', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'differences', 'fingerprint',
+           'interval', 'Checkpoints', 'remembered', 'go_on']
 
 # %% ../nbs/20_resume.ipynb #80f610f6
-import glob, hashlib, json, os, random, re, time
+import glob, hashlib, json, random, re, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import singledispatch
 from itertools import islice
@@ -23,6 +23,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from .hybrid import unwrap
+from .models import replacing
 from .callback import DrlocCallback, StopOnNonFinite, _moved, _rank, _slots
 from .gpus import agreed, everyone, world
 
@@ -177,15 +178,6 @@ def _digest(tensors, text):
     for k in sorted(tensors): h.update(tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-def flush(
-    path # a file, or a folder
-):
-    "Wait until it is on the disk"
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    except OSError: pass                 # some file systems cannot flush a folder
-    finally: os.close(fd)
-
 def checkpoints(
     path # of a run's files, without suffix
 )->list: # files, newest first
@@ -201,12 +193,9 @@ def write_checkpoint(
 )->Path: # the file
     "Write a checkpoint beside the others, flush it, rename it, and remove the oldest"
     file = Path(f"{path}.{state['at']['step']:08d}.ckpt")
-    tmp = Path(f'{path}.ckpt.tmp')
     tensors,text = pack(state)
-    save_file(tensors, tmp, metadata=dict(format='vt_drloc checkpoint 1', state=text, digest=_digest(tensors, text)))
-    flush(tmp)
-    tmp.replace(file)
-    flush(file.parent)
+    with replacing(file, f'{path}.ckpt.tmp') as tmp:
+        save_file(tensors, tmp, metadata=dict(format='vt_drloc checkpoint 1', state=text, digest=_digest(tensors, text)))
     for old in checkpoints(path)[keep:]: old.unlink(missing_ok=True)
     return file
 

@@ -34,10 +34,10 @@ from .loss import DrlocLoss, best_guess, pair_errors, predict_pairs
 from .callback import DrlocCallback, StopOnNonFinite, _rank
 from .data import MemoryImages, get_dls, list_data, stratified
 from .augment import get_tfms, MixupCutmix
-from .models import MODELS, create_model, demo_cvt, list_models, model_info, save_model
+from .models import MODELS, create_model, demo_cvt, list_models, model_info, replacing, save_model
 from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, best_constant, drloc_callback, lambda_schedule
 from .gpus import SeveralProcesses, own_seed, processes, rank0_before_others, share, world
-from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, flush, generators, go_on, progress, set_generators, set_progress
+from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, generators, go_on, progress, set_generators, set_progress
 
 # %% ../nbs/10_train.ipynb #551f9486
 if __name__=='__main__' and getattr(__spec__, 'name', '')=='vt_drloc.train': # python -m vt_drloc.train
@@ -336,7 +336,7 @@ def after_fit(self:RunRecord):
 # %% ../nbs/10_train.ipynb #ea692d92
 @patch
 def write(self:RunRecord):
-    "Sum up and write, by way of a temporary file so that a reader never sees half a record"
+    "Sum up and write; a reader never sees half a record"
     es = self.rec['epochs']
     accs = [e.get('accuracy') for e in es]
     if accs and None not in accs:
@@ -344,9 +344,7 @@ def write(self:RunRecord):
         self.rec['final'] = dict(accuracy=accs[-1], epoch=es[-1]['epoch'])
         self.rec['best_epoch_chosen_on_test'] = dict(accuracy=accs[best], epoch=es[best]['epoch'])
     self.rec['wall_s'] = round(time.perf_counter()-self.start-self.apart, 2)
-    path = Path(self.path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix('.tmp')
-    tmp.write_text(json.dumps(self.rec, indent=1)); flush(tmp); tmp.replace(path)
+    with replacing(self.path, Path(self.path).with_suffix('.tmp')) as tmp: tmp.write_text(json.dumps(self.rec, indent=1))
 
 @progress.register
 def _(cb:RunRecord): return dict(rec=cb.rec, spent=time.perf_counter()-cb.start)
@@ -359,12 +357,10 @@ def _(cb:RunRecord, state):
 
 # %% ../nbs/10_train.ipynb #01bdd9e3
 def _save_mlp(mlp, path, recipe):
-    "Write the localization MLP's weights, by way of a temporary file"
-    path = Path(path); tmp = path.with_suffix('.tmp')
+    "Write the localization MLP's weights"
     sd = {k:v.detach().cpu().contiguous() for k,v in mlp.state_dict().items()}
-    save_file(sd, tmp, metadata=dict(format='vt_drloc_mlp', args=json.dumps(dict(dim=mlp.dim)), recipe=json.dumps(asdict(recipe))))
-    flush(tmp)
-    tmp.replace(path)
+    meta = dict(format='vt_drloc_mlp', args=json.dumps(dict(dim=mlp.dim)), recipe=json.dumps(asdict(recipe)))
+    with replacing(path, path.with_suffix('.tmp')) as tmp: save_file(sd, tmp, metadata=meta)
 
 class KeepWeights(Callback):
     "Saves the weights, and the MLP's beside them, every few epochs and at the end; a run that fails later leaves the last good ones"
@@ -378,7 +374,6 @@ class KeepWeights(Callback):
         if (self.epoch+1)%self.every and self.epoch+1 != self.n_epoch: return
         vocab = [str(o) for o in getattr(self.dls.train.dataset, 'vocab', None) or self.dls.vocab]
         save_model(self.model, self.path, recipe=asdict(self.recipe), vocab=vocab, size=list(self.dls.info.size))
-        flush(self.path)
         mlp = getattr(getattr(self.learn, 'drloc', None), 'loss_fn', None)
         if mlp: _save_mlp(mlp.mlp, Path(self.path).with_suffix('.mlp.safetensors'), self.recipe)
 
