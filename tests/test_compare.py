@@ -1,11 +1,14 @@
 """Counters against hand-made numbers, receptive fields against theory, and the measuring program on the CPU."""
-import subprocess, sys
+import json, subprocess, sys
+from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from vt_drloc import compare
 from vt_drloc.compare import (PUBLISHED, Bench, Contender, activations, cases, check_gradients, contenders, costs, final_grid, measure,
     multiply_adds, reach, read_record)
 from vt_drloc.models import create_model, list_models
+
+bench_dir = Path(__file__).parents[1]/'nbs'/'results'/'bench'
 
 class TinyAttention(nn.Module):
     "Two heads on 64 pixels, with a mask if asked"
@@ -175,6 +178,33 @@ def test_program_writes_a_record(tmp_path, capsys, monkeypatch):
     rec,c = read_record(file),read_record(file)['checks'][0]
     assert len(rec['rows']) == 3 and c['finite'] and 0 < c['compiled_vs_float32'] < 1.5*c['eager_vs_float32'] < .1
     assert '3 rows, 1 checks, left out: 0' in capsys.readouterr().out
+
+@pytest.mark.parametrize('name,more', [('models',{'drop_path'}), ('cpu',set()), ('profile',set())])
+def test_circumstances_are_those_of_the_committed_records(name, more, monkeypatch):
+    "Same keys in the same order, values of the same kind: a record made today stands beside those that are there"
+    monkeypatch.setenv('VT_DRLOC_REVISION', 'abc')
+    then = json.loads((bench_dir/f'{name}.json').read_text())['circumstances']
+    now = compare.bench_circumstances('cpu')
+    assert list(now) == [k for k in then if k not in more] and list(now['versions']) == list(then['versions'])
+    assert {k: type(v) for k,v in now.items() if v is not None} == {k: type(then[k]) for k,v in now.items() if v is not None}
+    assert (now['revision'],now['device'],now['versions']['torch']) == ('abc','CPU',torch.__version__)
+
+def test_what_a_gpu_is_called(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: f'GPU {device}')
+    assert [compare.device_name(d) for d in ('cpu', torch.device('cpu'), 'cuda:1')] == ['CPU','CPU','GPU cuda:1']
+
+@pytest.mark.parametrize('state', ['clean','dirty','outside'])
+def test_revision(state, tmp_path, monkeypatch):
+    "That of the folder where the code lies, whatever the working directory is"
+    monkeypatch.delenv('VT_DRLOC_REVISION', raising=False)
+    file = tmp_path/'vt_drloc'/'compare.py'
+    file.parent.mkdir()
+    file.write_text('')
+    monkeypatch.setattr(compare, '__file__', str(file))
+    def git(*args): return subprocess.run(['git','-c','user.name=a','-c','user.email=a@b.example',*args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    if state!='outside': git('init','-q'); git('add','.'); git('commit','-qm','a')
+    if state=='dirty': file.write_text('x = 1')
+    assert compare.git_revision() == dict(clean=lambda: git('rev-parse','HEAD'), dirty=lambda: git('rev-parse','HEAD')+'-dirty', outside=lambda: 'unknown')[state]()
 
 def test_a_record_of_other_circumstances_is_not_mixed(tmp_path):
     "Another revision in the file: an error that names what changed; a foreign file: one that says so"

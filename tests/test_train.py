@@ -8,7 +8,7 @@ from torch import nn
 from fastai.basics import Callback, CancelFitException, DataLoaders, L, Learner, set_seed
 from vt_drloc.models import create_model, load_model
 from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
-                            run_name, settings, side_task_error, train)
+                            read_records, run_name, settings, side_task_error, train)
 
 small = Recipe(data='digits', model='demo_cvt', epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
 
@@ -106,6 +106,23 @@ def test_record_of_a_complete_run(tmp_path):
     m = load_model(tmp_path/f'{run_name(r)}.safetensors')
     for k,v in load_file(tmp_path/f'{run_name(r)}.safetensors').items(): assert torch.equal(m.state_dict()[k], v)
     assert (tmp_path/f'{run_name(r)}.mlp.safetensors').exists() and not list(tmp_path.glob('*.tmp'))
+
+def test_circumstances_are_those_of_the_committed_records(monkeypatch):
+    "Same keys in the same order, each version as its package states it; where there is a GPU, which one"
+    import fastai, timm, torchvision, vt_drloc
+    from vt_drloc.train import circumstances
+    recs = read_records()
+    then = max(recs, key=lambda r: r['started'])
+    monkeypatch.setenv('VT_DRLOC_REVISION', 'abc')
+    now = circumstances('cpu')
+    assert list(now) == [k for k in then if k in now] == ['revision','python','versions','hardware'] and now['revision'] == 'abc'
+    assert list(now['versions'].items()) == [(m.__name__,m.__version__) for m in (vt_drloc, torch, torchvision, fastai, timm)]
+    assert all(list(r['versions']) == list(now['versions']) for r in recs)
+    assert now['hardware']['device'] == 'CPU' and list(now['hardware']) == [k for k in then['hardware'] if k!='gpu']
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: f'GPU {device}')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3')
+    there = circumstances(torch.device('cuda:0'))['hardware']
+    assert list(there) == list(then['hardware']) and (there['device'],there['gpu']) == ('GPU cuda:0','3')
 
 def test_gradient_norms_are_those_before_clipping(tmp_path):
     "Against the norm that autograd left, at the noted steps alone; the clipping comes after"

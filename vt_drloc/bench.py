@@ -25,7 +25,7 @@ from .models import MODELS, Entry, create_model, list_models
 from .loss import DrlocLoss
 from .pairs import sample_pairs
 from .hybrid import as_backbone
-from .compare import _circumstances, write_json
+from .compare import bench_circumstances, write_json
 
 # %% ../nbs/22_bench.ipynb #3c1c4209
 @dataclass
@@ -875,7 +875,7 @@ def main(
     try: rows = what(device, rounds, minutes, say, **more) if callable(what) else measure_cases(what, device, rounds, minutes, say)
     except (ValueError, RuntimeError) as e: sys.exit(f'vt_drloc.bench: {e}')
     switches = {} if callable(what) else dict(cudnn_benchmark=device=='cuda', float32_matmul_precision='high in bf16 cases, highest in float32')
-    rec = dict(section=section, circumstances=dict(_circumstances(device), **switches), rows=rows, seconds=round(time.perf_counter()-start, 1))
+    rec = dict(section=section, circumstances=dict(bench_circumstances(device), **switches), rows=rows, seconds=round(time.perf_counter()-start, 1))
     name = f'sweep-{plan}' if section=='sweep' else section
     if section!='quality': write_json(Path(out)/f'{name}.json', rec)        # its runs have written theirs
     for r in rows: print(_line(r))

@@ -6,7 +6,8 @@ Docs: https://SET_ME.github.io/vt_drloc/compare.html.md"""
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'RIVALS', 'multiply_adds', 'activations', 'costs', 'final_grid', 'reach', 'Contender', 'contenders',
-           'Bench', 'measure', 'check_gradients', 'cases', 'Record', 'write_json', 'read_record', 'main']
+           'Bench', 'measure', 'check_gradients', 'cases', 'git_revision', 'device_name', 'bench_circumstances',
+           'Record', 'write_json', 'read_record', 'main']
 
 # %% ../nbs/18_compare.ipynb #f440a1d3
 import gc, json, os, platform, subprocess, time, traceback
@@ -340,13 +341,20 @@ def cases(
     return [g for g in [*eager, *full, *compiled, *(rest if more else [])] if g]
 
 # %% ../nbs/18_compare.ipynb #056afe9c
-def _revision():
-    "Commit of the code that runs"
+def git_revision()->str: # 'unknown' outside a repository
+    "Commit of the code that runs, with `-dirty` if files differ from it"
     if os.environ.get('VT_DRLOC_REVISION'): return os.environ['VT_DRLOC_REVISION']
-    def git(*a): return subprocess.run(['git','-C',str(Path(__file__).parent),*a], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args): return subprocess.run(['git','-C',str(Path(__file__).parent),*args], capture_output=True, text=True, check=True).stdout.strip()
     try: return git('rev-parse','HEAD') + ('-dirty' if git('status','--porcelain','--untracked-files=no','.') else '')
     except (OSError, subprocess.CalledProcessError): return 'unknown'
 
+def device_name(
+    device, # 'cuda', 'cpu', ...
+)->str: # 'CPU', if it is no GPU
+    "What a device is called"
+    return torch.cuda.get_device_name(device) if torch.device(device).type=='cuda' else 'CPU'
+
+# %% ../nbs/18_compare.ipynb #f22e9ee7
 def _versions():
     from importlib.metadata import version, PackageNotFoundError
     found = {}
@@ -355,12 +363,12 @@ def _versions():
         except PackageNotFoundError: found[p] = None
     return {**found, 'torch':torch.__version__}
 
-# %% ../nbs/18_compare.ipynb #f22e9ee7
-def _circumstances(device):
-    "Versions, revision, hardware and switches"
-    cuda = torch.device(device).type=='cuda'
-    return dict(revision=_revision(), date=time.strftime('%Y-%m-%d', time.gmtime()), python=platform.python_version(), versions=_versions(),
-        device=torch.cuda.get_device_name() if cuda else 'CPU', cuda=torch.version.cuda, cudnn_benchmark=torch.backends.cudnn.benchmark,
+def bench_circumstances(
+    device, # Where it is measured
+)->dict:
+    "Revision, versions, hardware and switches of a benchmark"
+    return dict(revision=git_revision(), date=time.strftime('%Y-%m-%d', time.gmtime()), python=platform.python_version(), versions=_versions(),
+        device=device_name(device), cuda=torch.version.cuda, cudnn_benchmark=torch.backends.cudnn.benchmark,
         float32_matmul_precision=torch.get_float32_matmul_precision(), cudnn_tf32=torch.backends.cudnn.allow_tf32,
         optimizer='AdamW, fused, lr 1e-4, weight decay 0.05', autocast='bfloat16')
 
@@ -372,7 +380,7 @@ class Record:
         file, # Its path; what it already holds is kept if it is of the same code, versions and machine
         device:str='cuda', # Where it is measured
     ):
-        self.file,self.data = Path(file),dict(circumstances=dict(_circumstances(device), drop_path=0.), rows=[], checks=[], seconds=0.,
+        self.file,self.data = Path(file),dict(circumstances=dict(bench_circumstances(device), drop_path=0.), rows=[], checks=[], seconds=0.,
                                           left_out=dict(rows=[], checks=[]))
         if not self.file.exists(): return
         old = read_record(self.file)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from fastcore.script import call_parse
 from .pairs import gather_pairs
 from .hybrid import as_backbone
-from .compare import _circumstances, write_json
+from .compare import bench_circumstances, write_json
 import vt_drloc.speed # registers the operations that have formulas below
 from .bench import Case, Steps, Worker, _ready, _steps, _switches
 
@@ -311,7 +311,7 @@ def main(
     if device=='cuda' and not torch.cuda.is_available(): sys.exit('vt_drloc.profile: no GPU (--device cpu tries the program out)')
     start,say = time.perf_counter(),partial(print, flush=True)
     switches = dict(cudnn_benchmark=device=='cuda', float32_matmul_precision='high in bf16 cases, highest in float32')
-    facts = dict(_circumstances(device), **switches)
+    facts = dict(bench_circumstances(device), **switches)
     rec = dict(section='profile', circumstances=facts, steps=steps, limits=chip_limits(device), published=PUBLISHED.get(facts['device']), rows=[])
     for r in profile_cases(gpu_cases(batch) if device=='cuda' else TRY, device, steps, say):
         rec['rows'].append(r)

@@ -6,14 +6,13 @@ Docs: https://SET_ME.github.io/vt_drloc/train.html.md"""
 
 # %% auto #0
 __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'DecayRule', 'FusedAdamW', 'DeviceRecorder', 'Fp16',
-           'precision_on', 'TensorCores', 'GradientNorms', 'git_revision', 'circumstances', 'augmentation', 'RunRecord',
-           'KeepWeights', 'side_task_error', 'controls', 'some_images', 'grids', 'task_error', 'fit_probe',
-           'position_report', 'Position', 'run_name', 'PermutedTargets', 'DetachedFeatures', 'build', 'train',
-           'Settings', 'settings', 'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure',
-           'demo_report', 'demo_main']
+           'precision_on', 'TensorCores', 'GradientNorms', 'circumstances', 'augmentation', 'RunRecord', 'KeepWeights',
+           'side_task_error', 'controls', 'some_images', 'grids', 'task_error', 'fit_probe', 'position_report',
+           'Position', 'run_name', 'PermutedTargets', 'DetachedFeatures', 'build', 'train', 'Settings', 'settings',
+           'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
-import contextlib, json, math, os, platform, subprocess, sys, time
+import contextlib, json, math, os, platform, sys, time
 from dataclasses import dataclass, asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,6 +35,7 @@ from .data import MemoryImages, get_dls, list_data, stratified
 from .augment import get_tfms, MixupCutmix
 from .models import MODELS, create_model, demo_cvt, list_models, model_info, replacing, save_model
 from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, best_constant, drloc_callback, lambda_schedule
+from .compare import device_name, git_revision
 from .gpus import SeveralProcesses, own_seed, processes, rank0_before_others, share, world
 from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, generators, go_on, progress, set_generators, set_progress
 
@@ -267,21 +267,15 @@ def _(cb:GradientNorms, state):
     cb.noted = [n.to(dev) for n in state['noted']]
 
 # %% ../nbs/10_train.ipynb #bcbbaf04
-def git_revision()->str: # 'unknown' outside a repository
-    "Commit of the code that runs, with `-dirty` if files differ from it"
-    if os.environ.get('VT_DRLOC_REVISION'): return os.environ['VT_DRLOC_REVISION']
-    def git(*args): return subprocess.run(['git','-C',str(Path(vt_drloc.__file__).parent),*args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('rev-parse','HEAD') + ('-dirty' if git('status','--porcelain','--untracked-files=no','.') else '')
-    except (OSError, subprocess.CalledProcessError): return 'unknown'
-
-def circumstances(device)->dict:
+def circumstances(
+    device # where the run is
+)->dict:
     "Versions, revision and hardware of a run"
     import fastai, timm, torchvision
-    gpu = torch.cuda.get_device_name(device) if torch.device(device).type=='cuda' else None
+    gpu = torch.device(device).type=='cuda'
     return dict(revision=git_revision(), python=platform.python_version(),
-        versions=dict(vt_drloc=vt_drloc.__version__, torch=torch.__version__, torchvision=torchvision.__version__,
-                      fastai=fastai.__version__, timm=timm.__version__),
-        hardware=dict(device=gpu or 'CPU', cpu_cores=os.cpu_count(), torch_threads=torch.get_num_threads(),
+        versions={m.__name__: m.__version__ for m in (vt_drloc, torch, torchvision, fastai, timm)},
+        hardware=dict(device=device_name(device), cpu_cores=os.cpu_count(), torch_threads=torch.get_num_threads(),
                       **(dict(gpu=os.environ.get('CUDA_VISIBLE_DEVICES') or str(torch.cuda.current_device())) if gpu else {})))
 
 # %% ../nbs/10_train.ipynb #749f60b3
