@@ -2,6 +2,7 @@
 from importlib.util import find_spec
 import json, math, os, subprocess, sys, time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 import pytest, torch
 from vt_drloc import bench
 from vt_drloc.bench import *
@@ -44,6 +45,16 @@ def test_the_released_step_reads_its_loss_back(precision):
     loss = run.step('eager side')
     assert isinstance(loss, float) and math.isfinite(loss) and run.batch()[0] is run.x
     assert all(not torch.equal(p, q) for p,q in zip(run.params, before))
+
+@pytest.mark.parametrize('mode,arms,want', [('', 1, dict(peak_bytes=7, peak_of='allocated')), ('', 2, dict(peak_bytes=7, peak_of='allocated')),
+    ('reduce-overhead', 1, dict(peak_bytes=20, peak_of='held')), ('reduce-overhead', 2, dict(peak_bytes=None, peak_of='held'))])
+def test_how_memory_was_read(mode, arms, want, monkeypatch):
+    "What the graphs of two arms hold is nobody's alone; without a GPU the record does not say how"
+    monkeypatch.setattr(bench, 'peak_memory', lambda device, graphs=False: None if device=='cpu' else 20 if graphs else 7)
+    run = SimpleNamespace(case=Case('try', 'a', mode=mode, arms=('compiled','eager')[:arms]), device='cuda')
+    assert Steps.memory(run)==want
+    run.device = 'cpu'
+    assert Steps.memory(run)==dict(peak_bytes=None)
 
 def test_the_waterfall_changes_one_thing_at_a_time():
     "From the released step on, each bar differs from the one before in what its name says"

@@ -150,6 +150,16 @@ def test_rivals_have_no_drop_path_either(name):
         m,x = c.make().train(),torch.randn(2, 3, c.size, c.size)
         with torch.no_grad(): assert torch.equal(*[compare._logits(m(x)) for _ in range(2)]), str(c)
 
+def test_peak_memory(monkeypatch):
+    "Of tensors, or of what is left when all unused memory is given back; without a GPU nothing is known"
+    held = dict(allocated=7, reserved=50)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: held['allocated'])
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda: held['reserved'])
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: held.update(reserved=20))
+    assert compare.peak_memory('cpu') is None and compare.peak_memory('cpu', graphs=True) is None
+    assert (compare.peak_memory('cuda'),compare.peak_memory('cuda', before=3)) == (7,4) and held['reserved'] == 50
+    assert compare.peak_memory(torch.device('cuda'), graphs=True) == 20
+
 def test_the_guard_sees_a_difference(monkeypatch):
     "A network whose compiled gradients are wrong is far off; a right one is not"
     class Net(nn.Module):

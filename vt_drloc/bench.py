@@ -25,7 +25,7 @@ from .models import MODELS, Entry, create_model, list_models
 from .loss import DrlocLoss
 from .pairs import sample_pairs
 from .hybrid import as_backbone
-from .compare import bench_circumstances, write_json
+from .compare import bench_circumstances, peak_memory, write_json
 
 # %% ../nbs/22_bench.ipynb #3c1c4209
 @dataclass
@@ -167,11 +167,11 @@ def warm_up(self:Steps)->dict: # For each arm: first step's seconds, peak bytes 
 # %% ../nbs/22_bench.ipynb #5a1e0c0c
 @patch
 def memory(self:Steps)->dict: # peak_bytes, `None` if unknown; peak_of: how it was read
-    "Most memory of the last steps; a CUDA graph keeps its own for good, so with graphs what is left when all unused memory is given back"
-    if self.device.type!='cuda': return dict(peak_bytes=None)
-    if self.case.mode!='reduce-overhead': return dict(peak_bytes=torch.cuda.max_memory_allocated(), peak_of='allocated')
-    torch.cuda.empty_cache()
-    return dict(peak_bytes=torch.cuda.memory_reserved() if len(self.case.arms)==1 else None, peak_of='held')
+    "Most memory of the last steps"
+    graphs = self.case.mode=='reduce-overhead'
+    peak = peak_memory(self.device, graphs=graphs)
+    if peak is None: return dict(peak_bytes=None)
+    return dict(peak_bytes=None if graphs and len(self.case.arms)>1 else peak, peak_of='held' if graphs else 'allocated')
 
 # %% ../nbs/22_bench.ipynb #fbc83ab8
 def _switches(case, device):
@@ -319,11 +319,9 @@ def _turns(case, device):
         def before_validate(self): self.start = self.now()
         def after_epoch(self):
             answer,n = dict(train=self.train_s, valid=self.now()-self.start),len(self.dls.train)
-            if not self.epoch: answer = {case.arms[0]: dict(epoch0_s=self.train_s*n, peak_bytes=_peak(device), steps=n)}
+            if not self.epoch: answer = {case.arms[0]: dict(epoch0_s=self.train_s*n, peak_bytes=peak_memory(device), steps=n)}
             if not int(os.environ.get('RANK', 0)): print(json.dumps(answer), flush=True)
     return Turns()
-
-def _peak(device): return torch.cuda.max_memory_allocated() if torch.device(device).type=='cuda' else None
 
 # %% ../nbs/22_bench.ipynb #7c2904c8
 def _learner(case, device):

@@ -6,8 +6,8 @@ Docs: https://SET_ME.github.io/vt_drloc/compare.html.md"""
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'RIVALS', 'multiply_adds', 'activations', 'costs', 'final_grid', 'reach', 'Contender', 'contenders',
-           'Bench', 'measure', 'check_gradients', 'cases', 'git_revision', 'device_name', 'bench_circumstances',
-           'Record', 'write_json', 'read_record', 'main']
+           'Bench', 'peak_memory', 'measure', 'check_gradients', 'cases', 'git_revision', 'device_name',
+           'bench_circumstances', 'Record', 'write_json', 'read_record', 'main']
 
 # %% ../nbs/18_compare.ipynb #f440a1d3
 import gc, json, os, platform, subprocess, time, traceback
@@ -235,6 +235,18 @@ def block(self:Bench,
     wait()
     return time.perf_counter()-t
 
+# %% ../nbs/18_compare.ipynb #57ce4fca
+def peak_memory(
+    device, # Where
+    before:int=0, # Bytes that others held there, not to be counted
+    graphs:bool=False, # Are the steps replayed as CUDA graphs?
+)->int|None: # bytes; `None` where there is no GPU
+    "Most memory of the steps since the note was last reset; of CUDA graphs, what they hold"
+    if torch.device(device).type!='cuda': return None
+    if not graphs: return torch.cuda.max_memory_allocated()-before
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()-before
+
 # %% ../nbs/18_compare.ipynb #52e9db8d
 @patch
 def warm_up(self:Bench,
@@ -246,10 +258,11 @@ def warm_up(self:Bench,
     self.block(n)
     if self.cuda: torch.cuda.reset_peak_memory_stats()
     one = self.block(2)/2
-    self.peak = torch.cuda.max_memory_allocated()-self.before if self.cuda else None
+    self.peak = peak_memory(self.device, self.before)
     self.n = max(1, round(seconds/one))
     return self
 
+# %% ../nbs/18_compare.ipynb #df06b469
 @patch
 def row(self:Bench,
     secs:list, # Of the blocks
