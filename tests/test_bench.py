@@ -127,7 +127,7 @@ def test_ratio_by_hand():
     assert math.isclose(r, 8**.5) and lo<r<hi
     half = 12.706204736432095*(math.log(2)/2**.5)/2**.5       # Student's t with one degree of freedom
     assert math.isclose(hi, 8**.5*math.exp(half), rel_tol=1e-9)
-    with pytest.raises(ValueError, match='1 block: an interval needs at least 2'): ratio([1.], [1.])
+    with pytest.raises(ValueError, match='1 number: an interval needs at least 2'): ratio([1.], [1.])
     with pytest.raises(ValueError): ratio([1.,2.], [1.])
 
 def test_sections_are_what_they_say():

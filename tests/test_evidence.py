@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np, pytest
 from scipy import stats
 from dataclasses import asdict
-from vt_drloc.evidence import (CLAIMS, SETTING, Runner, arm, tidy, arms_table, claims_markdown, claims_table, common, contrast, cost_table, faster_table, first_reached, gains_table, gpu_minutes, interval,
+from vt_drloc.bench import mean_interval
+from vt_drloc.evidence import (CLAIMS, SETTING, Runner, arm, tidy, arms_table, claims_markdown, claims_table, common, contrast, cost_table, faster_table, first_reached, gains_table, gpu_minutes,
                                main, overall, plan_grid, plan_status, planned, plot_accuracy, plot_gains, plot_learning, position_table, reach_table, read_plan, runs_table, verdict)
 from vt_drloc.train import Recipe, read_records
 
@@ -17,14 +18,15 @@ def test_interval_is_the_paired_t_interval(n):
     "As scipy's interval, and as what the paired t test rejects"
     rng = np.random.RandomState(n)
     without,with_ = rng.randn(n)+80,rng.randn(n)+81
-    lo,hi = interval(with_-without)
+    _,lo,hi = mean_interval(with_-without)
     assert (lo,hi) == pytest.approx(stats.ttest_rel(with_, without).confidence_interval(.95))
 
 def test_interval_by_hand():
     "Three gains 1, 2, 3: mean 2, deviation 1, t quantile 4.302653 for two degrees of freedom"
     half = 4.302653/3**.5
-    assert interval([1,2,3]) == pytest.approx((2-half, 2+half), abs=1e-5)
-    with pytest.raises(ValueError, match='1 gain: '): interval([1.])
+    assert mean_interval([1,2,3]) == pytest.approx((2, 2-half, 2+half), abs=1e-5)
+    assert mean_interval(np.array([1,2,4])) == pytest.approx(mean_interval([1.,2.,4.])) and mean_interval(np.array([1,2,4]))[0] == pytest.approx(7/3)   # epochs are whole numbers, their mean is not
+    with pytest.raises(ValueError, match='1 number: an interval needs at least 2'): mean_interval([1.])
 
 @pytest.mark.parametrize('gains,said', [
     ([1.,1.1,.9], 'holds'), ([-1.,-1.1,-.9], 'does not'), ([.1,-.1,0.], 'does not'), ([3.,-3.,0.], 'undecided'),
@@ -33,7 +35,7 @@ def test_verdict(gains, said): assert verdict(gains) == said
 
 def test_verdict_at_the_edge():
     "An interval that reaches half a point is no longer within it"
-    gains = np.array([-.1,0,.1]); half = interval(gains)[1]
+    gains = np.array([-.1,0,.1]); half = mean_interval(gains)[2]
     assert verdict(gains*.499/half) == 'does not' and verdict(gains*.501/half) == 'undecided'
 
 @pytest.mark.parametrize('each,said', [
@@ -269,7 +271,7 @@ def test_gains_are_paired_by_seed_and_by_setting():
     (key,g), = contrast(runs).items()
     assert g == pytest.approx([1.,1.1,.9])
     row, = gains_table(runs).to_dict('records')
-    lo,hi = interval([1.,1.1,.9])
+    _,lo,hi = mean_interval([1.,1.1,.9])
     assert (row['seeds'],row['verdict']) == (3,'holds') and (row['gain'],row['from'],row['to']) == pytest.approx((1.,lo,hi))
     assert row['without'] == pytest.approx(81.) and row['with L_drloc'] == pytest.approx(82.)     # of the paired seeds alone
 
@@ -302,7 +304,7 @@ def test_minutes_count_runs_that_are_not_asked_about():
     assert runs_table(recs[:2], recs).gpu_min.tolist() == pytest.approx([1/3]*2)
 
 @pytest.mark.parametrize('change,times', [(dict(), True), (dict(start=49), True), (dict(start=51), False), (dict(beside=4), False), (dict(device='other'), False), (dict(start=500, alone=True), True), (dict(start=500, alone=True, device='other'), False)])
-def test_times_compare_only_side_by_side(change, times):
+def test_which_times_compare(change, times):
     "Accuracies pair by seed whenever they were run; seconds and minutes do not"
     recs = three()
     for r in recs[1::2]:
@@ -408,7 +410,7 @@ def test_a_table_for_a_page():
     "Settings that are not asked for go, an interval is one column, numbers have two decimals, the names of arms are short"
     t = tidy(gains_table(runs_table(three())), 'data','model')
     assert [*t.index.names] == ['data','model'] and [*t.columns] == ['seeds','without','with','gain','95 %','verdict','extra min']
-    lo,hi = interval([1.,1.1,.9])
+    _,lo,hi = mean_interval([1.,1.1,.9])
     assert t['95 %'].iloc[0] == f'{lo:.2f}\xa0to\xa0{hi:.2f}' and t.gain.iloc[0] == 1.
     one = gains_table(runs_table(three(gain=(1.,))))
     assert tidy(one, 'data')['95 %'].tolist() == [''] and 'bs' in tidy(one, 'bs').index.names and not set(SETTING) & {*tidy(one, 'bs').columns}

@@ -7,7 +7,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np, pytest
-from vt_drloc.evidence import PAPER, W, interval, planned, read_plan
+from vt_drloc.bench import mean_interval
+from vt_drloc.evidence import PAPER, W, planned, read_plan
 from vt_drloc.train import read_records
 
 results = Path(__file__).resolve().parent.parent/'nbs'/'results'
@@ -99,7 +100,7 @@ def test_gain_over_the_good_baseline(full):
     "Three seeds: 2, 2.25 and 1.75 points, so it holds; the released form has one seed and no verdict"
     space,shown = full
     g = space['gains'].set_index('arm')
-    lo,hi = interval([2.,2.25,1.75])
+    _,lo,hi = mean_interval([2.,2.25,1.75])
     assert g.loc[W,['without','with it','gain']].tolist() == pytest.approx([np.mean([88,88.5,87.75]), np.mean([90,90.75,89.5]), 2.]) and (g.loc[W,'verdict'],g.loc[W,'seeds']) == ('holds',3)
     assert g.loc[released,['without','with it','gain']].tolist() == pytest.approx([88,89,1]) and g.loc[released,'verdict']=='no verdict'
     assert f'**2.00 points** ({lo:.2f} to {hi:.2f}), 3 seeds: *holds*' in space['gain_text']() and '**1.00 points**, 1 seed: *no verdict*' in space['gain_text']()
@@ -170,7 +171,7 @@ def test_main_table_takes_its_protocol_alone(monkeypatch):
     recs = fakes() + table3('cvt_13_gap', 'cifar100', [70.,71.], 'none') + table3('cvt_13_gap', 'cifar100', [72.,72.5], 'paper') + table3('t2t_vit_14', 'cifar10', [80.], 'none')
     space,_ = page('table', recs, monkeypatch)
     at = lambda data,net: space['table'].loc[(data,net,'●\xa0ours')].str.replace('\xa0', ' ')
-    lo,hi = interval([2.,2.25,1.75])
+    _,lo,hi = mean_interval([2.,2.25,1.75])
     assert at('CIFAR-10','Swin-T').tolist() == ['88.08','90.08','2.00',f'{lo:.2f} to {hi:.2f}','3','holds']
     assert at('CIFAR-100','CvT-13').tolist() == ['70.50','72.25','1.75','','2','no verdict'] and at('CIFAR-10','T2T-ViT-14').tolist() == ['80.00','not run yet','','','','']
     assert 'not run yet' in at('CIFAR-100','Swin-T').tolist()

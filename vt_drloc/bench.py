@@ -6,10 +6,10 @@ Docs: https://SET_ME.github.io/vt_drloc/bench.html.md"""
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PARTS', 'quick', 'long', 'PEERS', 'PLANS', 'SWEEP', 'GOALS', 'Case', 'Steps', 'Worker', 'measure_cases',
-           'Released', 'Rival', 'interval', 'ratio', 'goal', 'augment_rows', 'side_goals', 'side_parts', 'minutes_of',
-           'whole_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'Plan', 'cct_7_3x1', 'simple_vit',
-           'timm_vit', 'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'sweep_rows', 'quality_rows', 'quality_table',
-           'quality_goals', 'main']
+           'Released', 'Rival', 'mean_interval', 'ratio', 'goal', 'augment_rows', 'side_goals', 'side_parts',
+           'minutes_of', 'whole_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'Plan', 'cct_7_3x1',
+           'simple_vit', 'timm_vit', 'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'sweep_rows', 'quality_rows',
+           'quality_table', 'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, subprocess, sys, tempfile, time
@@ -96,7 +96,7 @@ def _side(self:Steps):
     def side(f, pairs): return drloc(back.grid(f, hw), pairs=pairs)
     def grid(f, pairs): return 0*back.grid(f, hw).float().mean()
     def joint(f, pairs): return features_loss(drloc, back, f, hw, pairs)
-    self.judges = dict(eager=dict(side=side, grid=grid), compiled={k: torch.compile(o, **self._compiling()) for k,o in dict(side=joint, grid=grid).items()})
+    self.judges = dict(eager=dict(side=side, grid=grid), compiled={k: torch.compile(o, **self._compile_args()) for k,o in dict(side=joint, grid=grid).items()})
     return list(drloc.parameters())
 
 class _Whole(nn.Module):
@@ -108,7 +108,7 @@ class _Whole(nn.Module):
 
 # %% ../nbs/22_bench.ipynb #3c2351c3
 @patch
-def _compiling(self:Steps):
+def _compile_args(self:Steps):
     "Arguments of `torch.compile`"
     return dict(backend='inductor' if self.device.type=='cuda' else 'aot_eager', dynamic=False, **(dict(mode=self.case.mode) if self.case.mode else {}))
 
@@ -116,7 +116,7 @@ def _compiling(self:Steps):
 def _forward(self:Steps, how):
     "Logits and features, eager or compiled"
     whole,c = _Whole(self.model, how!='alone'),self.case
-    if how!='eager': whole.compile(fullgraph=not c.model.startswith('timm:'), **self._compiling())
+    if how!='eager': whole.compile(fullgraph=not c.model.startswith('timm:'), **self._compile_args())
     return whole
 
 # %% ../nbs/22_bench.ipynb #69fbd17e
@@ -415,13 +415,14 @@ def block(self:Rival, *args, **kwargs):
     return res
 
 # %% ../nbs/22_bench.ipynb #3d87a234
-def interval(
-    xs:list, # Numbers, at least two
+def mean_interval(
+    xs, # Numbers, at least two
 )->tuple: # mean, lower and upper 95 % bound
     "Mean with its Student interval"
     from scipy.stats import t
-    if len(xs)<2: raise ValueError(f"{len(xs)} block: an interval needs at least 2")
-    half = t.ppf(.975, len(xs)-1)*stdev(xs)/len(xs)**.5
+    xs = [float(x) for x in xs]
+    if (n := len(xs))<2: raise ValueError(f"{n} number{'s'*(n!=1)}: an interval needs at least 2")
+    half = float(t.ppf(.975, n-1))*stdev(xs)/n**.5
     return mean(xs),mean(xs)-half,mean(xs)+half
 
 def ratio(
@@ -429,7 +430,7 @@ def ratio(
     b:list, # Seconds of each block of the arm that it is compared with, in the same rounds
 )->tuple: # ratio a/b, lower and upper 95 % bound
     "Geometric mean of a/b over paired blocks, with its interval"
-    return tuple(map(math.exp, interval([math.log(p/q) for p,q in zip(a, b, strict=True)])))
+    return tuple(map(math.exp, mean_interval([math.log(p/q) for p,q in zip(a, b, strict=True)])))
 
 # %% ../nbs/22_bench.ipynb #1e68803e
 def goal(
@@ -518,7 +519,7 @@ def side_parts(
     for name in dict.fromkeys(n for n,_ in secs):
         for piece,(a,b) in _pieces.items():
             if not {(name,a),(name,b)} <= secs.keys(): continue
-            us,low,high = interval([1e6*(p-q) for p,q in zip(secs[name,a], secs[name,b], strict=True)])
+            us,low,high = mean_interval([1e6*(p-q) for p,q in zip(secs[name,a], secs[name,b], strict=True)])
             rows.append(dict(name=name, piece=piece, us=us, low=low, high=high, share=us/1e6/mean(secs[name,b])))
     return rows
 
@@ -552,7 +553,7 @@ def whole_goals(
     ratios = (('speed of the Learner / bare step','bare step','Learner',.92), ('speed of the Learner / rival','rival','Learner',5),
               ('speed on two cores / on all','Learner','Learner, two cores',.9))
     res = [goal(what, ratio(s[a], s[b]), least=least) for what,a,b,least in ratios if a in s and b in s]
-    return res + ([goal('minutes for 100 epochs of CIFAR-10 at 224 px', interval(minutes_of(learn)), most=18)] if 'valid_s' in learn else [])
+    return res + ([goal('minutes for 100 epochs of CIFAR-10 at 224 px', mean_interval(minutes_of(learn)), most=18)] if 'valid_s' in learn else [])
 
 # %% ../nbs/22_bench.ipynb #cd658417
 def _gpu_cases(have, **kw):

@@ -7,7 +7,7 @@ Docs: https://SET_ME.github.io/vt_drloc/resume.html.md"""
 # %% auto #0
 __all__ = ['generators', 'set_generators', 'progress', 'set_progress', 'snapshot', 'restore', 'pack', 'unpack', 'ResumeError',
            'checkpoints', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'differences', 'fingerprint',
-           'interval', 'Checkpoints', 'remembered', 'go_on']
+           'steps_or_seconds', 'Checkpoints', 'remembered', 'go_on']
 
 # %% ../nbs/20_resume.ipynb #80f610f6
 import glob, hashlib, json, random, re, time
@@ -252,15 +252,16 @@ def fingerprint(
     return h.hexdigest()
 
 # %% ../nbs/20_resume.ipynb #67fdefea
-def interval(
+def steps_or_seconds(
     every:str # such as '500', '90s', '10m', '2h'
 )->tuple: # steps, seconds; one of them is `None`
-    "How often to write"
+    "What is said of how often to write, as a number of steps or of seconds"
     m = re.fullmatch(r'(\d+(?:\.\d+)?)(s|m|h)?', str(every).strip())
     if not m or not float(m[1]) or (not m[2] and '.' in m[1]):
         raise ValueError(f"save_every={every!r}: give steps ('500') or a time ('90s', '10m', '2h')")
     return (int(m[1]),None) if not m[2] else (None,float(m[1])*dict(s=1, m=60, h=3600)[m[2]])
 
+# %% ../nbs/20_resume.ipynb #5b4cd9dc
 class Checkpoints(Callback):
     "Writes the run's state at an interval; stops it cleanly after a time"
     order = 90
@@ -274,7 +275,7 @@ class Checkpoints(Callback):
         self.stem,self.minutes,self.keep = Path(path),minutes,keep
         if minutes is not None and not minutes > 0: raise ValueError(f"minutes={minutes}: must be above 0")
         self.settings,self.began = settings or {},time.monotonic()
-        self.steps,self.seconds = interval(every) if every else (None,None)
+        self.steps,self.seconds = steps_or_seconds(every) if every else (None,None)
         self.state = self.stopped = self.at_start = self.job = None
         self.first = bool(every)
 

@@ -617,7 +617,7 @@ def _speed_up(model):
     speed_up(model)
 
 # %% ../nbs/10_train.ipynb #a07c70e7
-def _compiling(r, device):
+def _compile_args(r, device):
     "Arguments of `torch.compile` for a recipe"
     return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and device.type=='cuda' and world()==1 else {}))
 
@@ -650,9 +650,9 @@ def build(
     model = create_model(r.model, dls.c, img_size=size, drop_path=r.drop_path, pretrained=r.pretrained=='imagenet' or r.pretrained).to(device)
     if r.fast and device.type=='cuda': _speed_up(model)
     cbs = _callbacks(r, device, weights, bar and not _rank())
-    if r.drloc!='none': cbs.append(_side_task(r, model, size, _compiling(r, device) if r.compile else None))
+    if r.drloc!='none': cbs.append(_side_task(r, model, size, _compile_args(r, device) if r.compile else None))
     if r.compile:
-        model.compile(**_compiling(r, device))
+        model.compile(**_compile_args(r, device))
         _same_batches(dls.valid)
     if out: cbs += _files(r, out, dls, device, beside, probe, save_every, minutes, resume)
     for dl in dls: share(dl)
