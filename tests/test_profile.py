@@ -5,7 +5,7 @@ import pytest, torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from vt_drloc import profile
-from vt_drloc.bench import Case, Steps
+from vt_drloc.bench import Case, Steps, prepare
 from vt_drloc.loss import LocalizationMLP
 from vt_drloc.models import create_model, list_models
 from vt_drloc.pairs import gather_pairs

@@ -6,8 +6,8 @@ Docs: https://SET_ME.github.io/vt_drloc/profile.html.md"""
 
 # %% auto #0
 __all__ = ['GROUPS', 'PUBLISHED', 'TRY', 'kernel_group', 'read_trace', 'covered', 'add_up', 'by_group', 'trace_steps',
-           'profile_step', 'count_work', 'chip_limits', 'prepare', 'profile_run', 'limit_table', 'gpu_cases',
-           'profile_cases', 'main']
+           'profile_step', 'count_work', 'chip_limits', 'profile_run', 'limit_table', 'gpu_cases', 'profile_cases',
+           'main']
 
 # %% ../nbs/22_profile.ipynb #c3f734d4
 import copy, json, re, sys, tempfile, time
@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from fastcore.script import call_parse
 from .pairs import gather_pairs
 from .hybrid import as_backbone
-from .compare import bench_circumstances, write_json
+from .compare import write_json
 import vt_drloc.speed # registers the operations that have formulas below
-from .bench import Case, Steps, Worker, _ready, _steps, _switches
+from .bench import Case, Steps, Worker, await_ready, case_circumstances, prepare
 
 # %% ../nbs/22_profile.ipynb #ac8686d3
 GROUPS = ('matrix products','attention','convolution','pointwise',
@@ -208,18 +208,8 @@ def chip_limits(
                 n=n, bytes=size, dtype=str(dtype).removeprefix('torch.'))
 
 # %% ../nbs/22_profile.ipynb #6f29c155
-def prepare(
-    case:Case, # Of kind 'steps' or 'released'
-    device:str='cuda', # Where
-)->Steps: # Compiled and warm
-    "A case that can be profiled"
-    _switches(case, device)
-    run = _steps(case, device)
-    run.warm_up()
-    return run
-
 def profile_run(
-    run:Steps, # From `prepare`
+    run:Steps, # From `prepare` of chapter 22
     n:int=10, # Steps
 )->dict: # Case and arm; wall_s, busy_s, idle_s, groups, kernels, starts, flop, of a step; peak_bytes, and how they were read
     "Profile a case's first arm"
@@ -275,7 +265,7 @@ def profile_cases(
     "Compile all, then profile one after the other"
     workers,failed = [Worker(c, device, 'vt_drloc.profile') for c in cases],[]
     try:
-        ready = _ready(workers, failed, say)
+        ready = await_ready(workers, failed, say)
         yield from failed
         for w in ready:
             try: yield w.ask(str(n))
@@ -310,8 +300,7 @@ def main(
     if min(batch, steps)<1: sys.exit(f"vt_drloc.profile: --batch {batch} --steps {steps}: both must be at least 1")
     if device=='cuda' and not torch.cuda.is_available(): sys.exit('vt_drloc.profile: no GPU (--device cpu tries the program out)')
     start,say = time.perf_counter(),partial(print, flush=True)
-    switches = dict(cudnn_benchmark=device=='cuda', float32_matmul_precision='high in bf16 cases, highest in float32')
-    facts = dict(bench_circumstances(device), **switches)
+    facts = case_circumstances(device)
     rec = dict(section='profile', circumstances=facts, steps=steps, limits=chip_limits(device), published=PUBLISHED.get(facts['device']), rows=[])
     for r in profile_cases(gpu_cases(batch) if device=='cuda' else TRY, device, steps, say):
         rec['rows'].append(r)

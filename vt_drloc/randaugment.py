@@ -9,8 +9,8 @@ __all__ = ['OPS', 'AUTO', 'EQUAL', 'INVERT', 'ROTATE', 'POSTER', 'SOLAR', 'ADD',
            'SHEARY', 'TRANSX', 'TRANSY', 'NONE', 'FILL', 'op_args', 'random_ops', 'random_crops', 'random_erasing',
            'Draws', 'paper_draws', 'cubic', 'resize_weights', 'crop_resize', 'grey', 'histogram', 'equalize_table',
            'autocontrast_table', 'op_tables', 'look_up', 'recolour', 'sharpen', 'op_matrices', 'bicubic_at', 'warp',
-           'apply_op', 'paper_exact', 'soften', 'apply_colour', 'paper_fast', 'PaperAugment', 'timm_transform',
-           'TimmImages', 'augment_speed']
+           'apply_op', 'paper_exact', 'soften', 'apply_colour', 'paper_fast', 'PaperAugment', 'images_per_second',
+           'timm_transform', 'TimmImages', 'augment_speed']
 
 # %% ../nbs/19_randaugment.ipynb #584363a1
 import math, os, time
@@ -496,8 +496,13 @@ def uncropped(self:PaperAugment):
 def __getstate__(self:PaperAugment): return {**self.__dict__, '_compiled':None}
 
 # %% ../nbs/19_randaugment.ipynb #30542f1f
-def _rate(f, n, device, seconds):
-    "Images a second of f, which makes n images a call"
+def images_per_second(
+    f,            # makes images, given no arguments
+    n:int,        # images a call
+    device,       # where they are made
+    seconds:float # time to take, with one call at least
+)->float:
+    "Images a second that a function makes, once it is warm."
     def _wait(): torch.cuda.synchronize(device) if torch.device(device).type=='cuda' else None
     for _ in range(3 if seconds>=1 else 1): f()
     _wait()
@@ -564,7 +569,7 @@ def augment_speed(
     workers,size,rows = os.cpu_count() if workers is None else workers,(size,size),[]
     def _row(name, f, n=bs, draws='image', note=''):
         if only and name not in only: return
-        rows.append(dict(name=name, images_per_s=f() if n is None else _rate(f, n, device, seconds), draws=draws, note=note))
+        rows.append(dict(name=name, images_per_s=f() if n is None else images_per_second(f, n, device, seconds), draws=draws, note=note))
     for mode in 'fast','exact': _row(mode, partial(PaperAugment(size, mode=mode), TensorImage(x), split_idx=0))
     tv,kornia = _torchvision(size),_kornia(size)
     _row('torchvision batch', lambda: tv(x), draws='batch', note='one draw a batch')
