@@ -99,6 +99,7 @@ def _side(self:Steps):
     self.judges = dict(eager=dict(side=side, grid=grid), compiled={k: torch.compile(o, **self._compile_args()) for k,o in dict(side=joint, grid=grid).items()})
     return list(drloc.parameters())
 
+# %% ../nbs/22_bench.ipynb #3c2351c3
 class _Whole(nn.Module):
     "Logits and features in one forward pass"
     def __init__(self, m, features=True): super().__init__(); self.m,self.features = m,features
@@ -106,7 +107,6 @@ class _Whole(nn.Module):
         f = self.m.forward_features(x)
         return self.m.forward_head(f),f if self.features else None
 
-# %% ../nbs/22_bench.ipynb #3c2351c3
 @patch
 def _compile_args(self:Steps):
     "Arguments of `torch.compile`"
@@ -228,17 +228,23 @@ class Worker:
         self.case,self.log,self.facts = case,tempfile.TemporaryFile('w+'),None
         cmd = [*_launch(module, case.processes),'--worker',json.dumps(asdict(case)),'--device',device]
         self.p = subprocess.Popen(cmd, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
-    def read(self):
-        "The next answer; a process that died gives its last words"
-        line = self.p.stdout.readline()
-        if line: return json.loads(line)
-        self.p.wait()
-        self.log.seek(0)
-        raise RuntimeError(f"{self.case.name}: {self.log.read().strip()[-400:]}")
-    def ask(self, arm):
-        self.p.stdin.write(arm+'\n')
-        self.p.stdin.flush()
-        return self.read()
+
+# %% ../nbs/22_bench.ipynb #36ff831d
+@patch
+def read(self:Worker):
+    "The next answer; a process that died gives its last words"
+    line = self.p.stdout.readline()
+    if line: return json.loads(line)
+    self.p.wait()
+    self.log.seek(0)
+    raise RuntimeError(f"{self.case.name}: {self.log.read().strip()[-400:]}")
+
+@patch
+def ask(self:Worker, arm):
+    "Its answer to a line"
+    self.p.stdin.write(arm+'\n')
+    self.p.stdin.flush()
+    return self.read()
 
 # %% ../nbs/22_bench.ipynb #842f8732
 @patch
@@ -365,6 +371,7 @@ def _side(self:Released):
     self.drloc = DrlocFamily(768, 'drloc', 'released', k=self.case.size//32).to(self.device)
     return list(self.drloc.parameters())
 
+# %% ../nbs/22_bench.ipynb #4b84f7af
 @patch
 def step(self:Released, arm):
     x,y = self.batch()
@@ -397,6 +404,7 @@ def _loader(case, device):
                                      pin_memory=torch.device(device).type=='cuda', drop_last=True, persistent_workers=True)
     while True: yield from dl
 
+# %% ../nbs/22_bench.ipynb #05998e95
 class Rival(Released):
     "A training loop from packages alone, data and mixing included"
     def __init__(self, case, device='cuda'):
@@ -661,6 +669,7 @@ def simple_vit(
     from vit_pytorch.simple_vit import SimpleViT
     return SimpleViT(image_size=32, patch_size=4, num_classes=num_classes, dim=256, depth=8, heads=4, mlp_dim=1024)
 
+# %% ../nbs/22_bench.ipynb #3ae4d7fe
 def timm_vit(
     num_classes:int=10, # Outputs
 )->nn.Module: # (B, 3, 32, 32) -> (B, num_classes)
@@ -748,6 +757,7 @@ def _fit(recipe, device, path, rec, file=None):
     with learn.no_logging(): learn.fit(recipe.epochs, recipe.lr, cbs=_clock(rec, file, device))
     return rec
 
+# %% ../nbs/22_bench.ipynb #4fd63bcd
 def run_plan(
     name:str, # In `PLANS`
     seed:int=0, # Of the run
@@ -772,6 +782,7 @@ SWEEP = {'as planned':{}, 'lr 5e-4':dict(lr=5e-4), 'lr 2e-3':dict(lr=2e-3), 'lr 
          'warmup 3':dict(warmup=3), 'tfms paper':dict(tfms='paper'), 'tfms light':dict(tfms='light'), 'no mixing':dict(mix=False),
          'drop path 0.1':dict(drop_path=.1), 'batch 256':dict(bs=256), 'side task 0.5':dict(lambda_drloc=.5), 'no side task':dict(drloc='none')}
 
+# %% ../nbs/22_bench.ipynb #2d074ac3
 def _in_slots(jobs, slots, say):
     "Run commands, each on the GPU of a free slot; `jobs` is name -> command"
     waiting,free,running = list(jobs.items()),list(slots),{}
@@ -854,10 +865,11 @@ def _line(r):
     if 'train' in r: return f"{r['name']:>40}, seed {r['seed']}: last training loss {r['train'][-1]:.4f}, last test loss {r['valid'][-1]:.4f}"
     return f"{r['name']:>40} {r['arm']:>15}: {r['batch']/median(r['block_s']):8.0f} images/s, {1e3*median(r['block_s']):7.2f} ms"
 
-def _say_goals(rec, say):
-    "Print what was reached and what was not"
+def _report(rec):
+    "Print what was measured, what was reached and what was not"
+    for r in rec['rows']: print(_line(r), flush=True)
     for g in GOALS[rec['section']](rec) if rec['section'] in GOALS else []:
-        say(f"{g['goal']}: {g['measured']:.4f} ({g['low']:.4f} to {g['high']:.4f}), wanted {g['wanted']}: {'met' if g['met'] else 'MISSED'}")
+        print(f"{g['goal']}: {g['measured']:.4f} ({g['low']:.4f} to {g['high']:.4f}), wanted {g['wanted']}: {'met' if g['met'] else 'MISSED'}", flush=True)
 
 # %% ../nbs/22_bench.ipynb #dba54c2c
 def _work(job, device):
@@ -866,6 +878,14 @@ def _work(job, device):
     if job.get('kind')=='plan': return run_plan(**{k:v for k,v in job.items() if k!='kind'})
     return _worker(Case(**job), device)
 
+def _run_section(section, device, rounds, minutes, **more):
+    "The record of a section"
+    start,what,say = time.perf_counter(),SECTIONS[section],partial(print, flush=True)
+    rows = what(device, rounds, minutes, say, **more) if callable(what) else measure_cases(what, device, rounds, minutes, say)
+    facts = bench_circumstances(device) if callable(what) else case_circumstances(device)
+    return dict(section=section, circumstances=facts, rows=rows, seconds=round(time.perf_counter()-start, 1))
+
+# %% ../nbs/22_bench.ipynb #f55f3ec7
 @call_parse
 def main(
     section:str='speed', # One of the sections of chapter 22
@@ -885,13 +905,8 @@ def main(
     if worker: return _work(worker, device)
     if section not in SECTIONS: sys.exit(f"vt_drloc.bench: unknown section {section!r}; there are: {', '.join(SECTIONS)}")
     if device=='cuda' and not torch.cuda.is_available(): sys.exit("vt_drloc.bench: no GPU; the sections are made for an H200 (--device cpu tries the program out)")
-    start,what,say = time.perf_counter(),SECTIONS[section],partial(print, flush=True)
-    more = dict(path=path, plan=plan, seeds=tuple(map(int, seeds.split(','))), only=only, epochs=epochs, beside=beside, out=out)
-    try: rows = what(device, rounds, minutes, say, **more) if callable(what) else measure_cases(what, device, rounds, minutes, say)
+    try: rec = _run_section(section, device, rounds, minutes, path=path, plan=plan, seeds=tuple(map(int, seeds.split(','))), only=only, epochs=epochs, beside=beside, out=out)
     except (ValueError, RuntimeError) as e: sys.exit(f'vt_drloc.bench: {e}')
-    facts = bench_circumstances(device) if callable(what) else case_circumstances(device)
-    rec = dict(section=section, circumstances=facts, rows=rows, seconds=round(time.perf_counter()-start, 1))
     name = f'sweep-{plan}' if section=='sweep' else section
     if section!='quality': write_json(Path(out)/f'{name}.json', rec)        # its runs have written theirs
-    for r in rows: print(_line(r))
-    _say_goals(rec, say)
+    _report(rec)
