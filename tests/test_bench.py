@@ -20,6 +20,20 @@ def test_a_failing_case_costs_its_row_alone():
     assert len(by['good']['block_s'])==2 and all(s>0 for s in by['good']['block_s'])
     assert any('1 of 2' in t for t in told)
 
+def test_a_case_that_compiles_for_too_long(monkeypatch):
+    "It costs its own row; who was ready in time is there, also if it is asked after the late one"
+    does = dict(late='import time; time.sleep(600)', good='print("{\\"eager\\": 7}", flush=True); input()')
+    launch,told,rows = subprocess.Popen,[],[]
+    monkeypatch.setattr(bench.subprocess, 'Popen', lambda cmd, **kw: launch([sys.executable,'-c',does[json.loads(cmd[cmd.index('--worker')+1])['name']]], **kw))
+    workers = [Worker(Case(name=n, **tiny), 'cpu') for n in does]
+    try: ready = await_ready(workers, rows, told.append, until=time.perf_counter()+5)
+    finally:
+        for w in workers: w.close()
+    assert [w.case.name for w in ready]==['good'] and ready[0].facts==dict(eager=7) and 'ready: good' in told
+    [row] = rows
+    assert row['name']=='late' and 'not ready in time; a case that compiles for long needs more --minutes' in row['error']
+    assert all(w.p.poll() is not None for w in workers)
+
 def test_a_learner_answers_epoch_by_epoch():
     "Each answer is one epoch's seconds a step; with the side task, augmentation and mixing in it"
     case = Case(name='learner', kind='learner', batch=8, steps=3, recipe=dict(drloc='paper', tfms='light', warmup=0), **tiny)

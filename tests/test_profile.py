@@ -1,5 +1,6 @@
 "A step taken apart: names of kernels, traces, sums, arithmetic, the record"
 import io, json, os
+from dataclasses import replace
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
@@ -235,9 +236,14 @@ def test_memory_on_a_gpu_counts_what_graphs_keep():
 def test_cases_are_what_they_say():
     cases = gpu_cases(64)
     assert len({c.name for c in cases})==len(cases) and all(c.section=='profile' and c.batch==64 and c.size==224 for c in cases)
-    assert all(len(c.arms)==1 and 'side' in c.arms[0] for c in cases+TRY) and cases[0].kind=='released' and cases[0].precision=='float32'
+    assert all(c.arms==('alone',) or len(c.arms)==1 and 'side' in c.arms[0] for c in cases+TRY) and cases[0].kind=='released' and cases[0].precision=='float32'
     assert all(c.model in list_models() or c.model.startswith('timm:') for c in cases+TRY)
     assert {c.model for c in cases if c.mode=='reduce-overhead'}=={'swin_t','t2t_vit_14','cvt_13_gap'}
+    plain = {c.name: c for c in cases if c.arms==('alone',)}
+    for c in plain.values():                       # the same case but for the side task, so that the difference is its own
+        [with_it] = [o for o in cases if o.name==c.name.replace('no side task', 'all of it')]
+        assert replace(c, name=with_it.name, arms=with_it.arms)==with_it
+    assert len(plain)==3
 
 def test_a_case_that_cannot_start():
     "The command of a process of its own; what it said last is the row"
@@ -250,13 +256,13 @@ def test_a_process_answers_with_its_profile(monkeypatch, capsys):
     profile._serve(tiny, 'cpu')
     facts,row = map(json.loads, capsys.readouterr().out.splitlines())
     assert facts['eager side']['first_step_s']>0
-    assert set(row['groups'])==set(GROUPS) and 12 < len(row['kernels']) <= 40 and row['arm']=='eager side' and row['flop']>0 and row['batch']==2
+    assert set(row['groups'])==set(GROUPS) and 12 < len(row['kernels']) <= 40 + sum(k['group']=='side task' for k in row['kernels']) and row['arm']=='eager side' and row['flop']>0 and row['batch']==2
 
 def test_a_process_that_dies_while_it_is_profiled(monkeypatch):
     "Its row is the error, the next case is profiled"
     class Fake:
         def __init__(self, case, *a): self.case,self.facts = case,None
-        def read(self): return {}
+        def read(self, until=None): return {}
         def ask(self, n):
             if self.case.name=='good': assert closed==['bad']                 # its memory is free by then
             if self.case.name=='bad': raise BrokenPipeError('gone')

@@ -12,7 +12,7 @@ __all__ = ['SECTIONS', 'PARTS', 'quick', 'long', 'PEERS', 'PLANS', 'SWEEP', 'GOA
            'epochs_in', 'run_plan', 'sweep_rows', 'quality_rows', 'quality_table', 'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
-import gc, json, math, os, subprocess, sys, tempfile, time
+import gc, json, math, os, select, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field, asdict
 from functools import partial
 from pathlib import Path
@@ -231,8 +231,10 @@ class Worker:
 
 # %% ../nbs/22_bench.ipynb #36ff831d
 @patch
-def read(self:Worker):
-    "The next answer; a process that died gives its last words"
+def read(self:Worker, until=None):
+    "The next answer; a process that died gives its last words, one that is late is left behind"
+    late = until is not None and not select.select([self.p.stdout], [], [], max(0, until-time.perf_counter()))[0]
+    if late: raise RuntimeError(f"{self.case.name}: not ready in time; a case that compiles for long needs more --minutes")
     line = self.p.stdout.readline()
     if line: return json.loads(line)
     self.p.wait()
@@ -263,11 +265,12 @@ def await_ready(
     workers:list, # `Worker`s, all of them on their way
     rows:list, # Gets a row with the error of each that fails
     say=print, # Told of it
+    until:float=None, # Of `time.perf_counter`; who is not ready then is left out
 )->list: # of `Worker`s, each with its `facts`
     "Wait until all are ready; those that could start"
     ready = []
     for w in workers:
-        try: w.facts = w.read(); ready.append(w)
+        try: w.facts = w.read(until); ready.append(w); say(f'ready: {w.case.name}')
         except RuntimeError as e: rows.append(dict(asdict(w.case), error=str(e))); say(f'failed: {e}')
     return ready
 
@@ -297,7 +300,7 @@ def measure_cases(
     start = time.perf_counter()
     workers,rows = [Worker(c, device) for c in cases],[]
     try:
-        ready = await_ready(workers, rows, say)
+        ready = await_ready(workers, rows, say, start+45*minutes)
         say(f'{time.perf_counter()-start:.0f} s: {len(ready)} of {len(workers)} cases are ready')
         answers = _take_turns(ready, rounds, start+60*minutes, say)
         rows += [_row(ready[i], a, s) for (i,a),s in answers.items()]
