@@ -2,6 +2,7 @@
 from importlib.util import find_spec
 import json, math, os, subprocess, sys, time
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from vt_drloc import bench
@@ -69,6 +70,14 @@ def test_how_memory_was_read(mode, arms, want, monkeypatch):
     assert Steps.memory(run)==want
     run.device = 'cpu'
     assert Steps.memory(run)==dict(peak_bytes=None)
+
+@pytest.mark.parametrize('name,device', [('profile','cuda'), ('side','cuda'), ('cpu','cpu')])
+def test_a_record_of_cases_says_what_their_processes_set(name, device, monkeypatch):
+    "As the committed ones say it; this process has other switches"
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: 'a GPU')
+    then = json.loads((Path(bench.__file__).parents[1]/'nbs'/'results'/'bench'/f'{name}.json').read_text())['circumstances']
+    now = bench.case_circumstances(device)
+    assert list(now)==list(then) and all(now[k]==then[k] for k in ('cudnn_benchmark','float32_matmul_precision','optimizer','autocast'))
 
 def test_the_waterfall_changes_one_thing_at_a_time():
     "From the released step on, each bar differs from the one before in what its name says"
