@@ -1,12 +1,20 @@
-"How pytest-xdist deals out the tests: a file with fixtures for the whole file goes to one worker, of all others each test to whichever is free"
+"How pytest-xdist deals out the tests: files with fixtures for the whole file come first, each to one worker; of all others each test goes to whichever is free"
+import gc
 from functools import cache
+from pathlib import Path
 import pytest
+
+gc.set_threshold(100_000, 50, 1000) # each worker holds all that any file imports, and the collector would walk through it again and again
+
+@cache
+def shares(file): return "scope='module'" in (Path(__file__).parent/file).read_text(encoding='utf-8')
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda o: not shares(o.path.name)) # no long file is left for the end
+def pytest_collection_finish(session): gc.freeze()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadFileScheduling
-    @cache
-    def shares(file): return "scope='module'" in (config.rootpath/file).read_text(encoding='utf-8')
     class Scheduler(LoadFileScheduling):
-        def _split_scope(self, nodeid): return file if shares(file := nodeid.split('::')[0]) else nodeid
+        def _split_scope(self, nodeid): return file if shares(Path(file := nodeid.split('::')[0]).name) else nodeid
     return Scheduler(config, log)

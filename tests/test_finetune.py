@@ -25,7 +25,7 @@ def folder(root, classes, per=(12,10)):
 def first(tmp_path_factory):
     "A checkpoint of ten digits, as the program leaves it"
     out = tmp_path_factory.mktemp('first')
-    main(data='digits', model='demo_cvt', epochs=2, bs=64, lr=1.6e-2, out=str(out), **common)
+    main(data='digits', model='demo_cvt', size=16, epochs=2, bs=64, lr=1.6e-2, out=str(out), **common)
     return out/'digits-demo_cvt-none-s0.safetensors'
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def few(tmp_path_factory): return folder(tmp_path_factory.mktemp('few')/'few', (
 def tuned(first, few, tmp_path_factory):
     "The checkpoint fine-tuned by the program on three classes, with the side task"
     out = tmp_path_factory.mktemp('tuned')
-    main(data=few, model='demo_cvt', drloc='paper', pretrained=str(first), epochs=3, bs=12, lr=4e-2, out=str(out), **common)
+    main(data=few, model='demo_cvt', size=16, drloc='paper', pretrained=str(first), epochs=3, bs=12, lr=4e-2, out=str(out), **common)
     return out/'few-demo_cvt-paper-tuned-s0.safetensors'
 
 def recipe(few, **kw): return Recipe(**{**dict(data=few, model='demo_cvt', epochs=1, bs=12, warmup=0, tfms='none', mix=False), **kw})

@@ -128,7 +128,7 @@ def test_what_cannot_be_looked_into():
 def test_a_run_writes_it(tmp_path):
     "In the record of a complete run, a block each; the table reads it"
     from vt_drloc.train import Recipe, train
-    train(Recipe(data='digits', model='demo_cvt', epochs=1, bs=64, warmup=0, tfms='none'), out=tmp_path, device='cpu', bar=False)
+    train(Recipe(data='digits', model='demo_cvt', size=16, share=.2, epochs=1, bs=64, warmup=0, tfms='none'), out=tmp_path, device='cpu', bar=False)
     rec = json.loads(next(tmp_path.glob('*.json')).read_text())
     table = stats_table({'run': rec['attention']})
     assert len(rec['attention']) == len(table) > 0 and table.notna().all().all() and set(rec['attention'][0]) == {'block','distance','even','entropy','image'}

@@ -16,7 +16,7 @@ from vt_drloc.train import Fp16, FusedAdamW, Recipe, build, precision_on, run_na
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STEPS = 5                                                                  # of an epoch: 80 images in batches of 16
 name = 'noise-demo_cvt-paper-s0'
-common = dict(model='demo_cvt', drloc='paper', epochs=2, bs=16, size=32, lr=.01, warmup=0, drop_path=.1)   # augmented, mixed, dropped: all that is random
+common = dict(model='demo_cvt', drloc='paper', epochs=2, bs=16, size=16, lr=.01, warmup=0, drop_path=.1)   # augmented, mixed, dropped: all that is random
 
 def noise(folder):
     "A folder of 80 + 24 images of two classes"

@@ -166,6 +166,7 @@ overflow = 'document.documentElement.scrollWidth - document.documentElement.clie
 def test_page(browser, window, page):
     "No console errors, nothing missing, math typeset, every picture described, no sideways scrolling on a desk or a phone"
     window.wrong.clear()
+    window.goto('about:blank')              # or the page before would be laid out once more
     window.set_viewport_size(dict(width=1280, height=900))
     window.goto(browser.address+page)
     window.wait_for_function("() => [...document.querySelectorAll('.math')].every(e => e.querySelector('.katex'))", timeout=10_000)
@@ -176,7 +177,7 @@ def test_page(browser, window, page):
     bad = window.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth || (i.closest('main') && !(i.alt && i.alt.includes(' ')))).map(i => i.alt + ' ' + i.src.slice(0, 60))")
     assert not bad, f'pictures that are missing or not described: {bad}'
     for width in (1280, 375):
-        window.set_viewport_size(dict(width=width, height=800))
+        window.set_viewport_size(dict(width=width, height=900))
         assert window.evaluate(overflow) <= 0, f'scrolls sideways at {width} pixels: {window.evaluate(too_wide)}'
 
 def first_of_each_look():

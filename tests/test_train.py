@@ -10,7 +10,7 @@ from vt_drloc.models import create_model, load_model
 from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
                             read_records, run_name, settings, side_task_error, train)
 
-small = Recipe(data='digits', model='demo_cvt', epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
+small = Recipe(data='digits', model='demo_cvt', size=16, epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
 
 class StopAt(Callback):
     order = 100
@@ -102,7 +102,7 @@ def test_record_of_a_complete_run(tmp_path):
         assert e['train_loss'] == pytest.approx(e['ce'] + e['lambda']*e['drloc'], rel=1e-5)
     assert str(Path.home()) not in json.dumps(rec)
     with safe_open(tmp_path/f'{run_name(r)}.safetensors', 'pt') as f: meta = f.metadata()
-    assert json.loads(meta['vocab'])==[str(i) for i in range(10)] and json.loads(meta['size'])==[32,32]
+    assert json.loads(meta['vocab'])==[str(i) for i in range(10)] and json.loads(meta['size'])==[16,16]
     m = load_model(tmp_path/f'{run_name(r)}.safetensors')
     for k,v in load_file(tmp_path/f'{run_name(r)}.safetensors').items(): assert torch.equal(m.state_dict()[k], v)
     assert (tmp_path/f'{run_name(r)}.mlp.safetensors').exists() and not list(tmp_path.glob('*.tmp'))
@@ -351,7 +351,7 @@ def test_task_error_of_every_form(kw):
     x = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     res = position_report(learn.model, x, learn.drloc.loss_fn, learn.drloc.where, steps=0)
     side = res['side_task']
-    assert side['grid'] == ([4,4] if kw.get('pool') else [8,8]) and res.keys() == {'side_task','images'}
+    assert side['grid'] == ([2,2] if kw.get('pool') else [4,4]) and res.keys() == {'side_task','images'}
     assert sum(side['error']['images']) > .9*sum(side['guessing'])
     if not kw:
         a = task_error(learn.drloc.loss_fn, grids(as_backbone(learn.model.eval()), x), m=256)

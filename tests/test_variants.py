@@ -407,6 +407,7 @@ def fresh_compiler():
 
 @pytest.mark.parametrize('variant,preset', [*both, ('all','released')])
 def test_compiles_whole(variant, preset, fresh_compiler):
+    "With pairs given, in every form; drawing them inside, which no form does in its own way, in two"
     if variant=='all': fam, grid = family('all', preset, dim=[2,4]), [torch.randn(2, 2, 8, 8), torch.randn(2, 4, 7, 7)]
     else: fam, grid = family(variant, preset, k=14, pool=True), torch.randn(2, 4, 14, 14, requires_grad=True)
     fast = torch.compile(fam, fullgraph=True, backend='aot_eager')
@@ -414,7 +415,7 @@ def test_compiles_whole(variant, preset, fresh_compiler):
     a, b = fast(grid, pairs=p), fam(grid, pairs=p)
     torch.testing.assert_close(a, b)
     a.backward()
-    assert fast(grid).isfinite()
+    if variant in ('drloc','all'): assert fast(grid).isfinite()
 
 @pytest.mark.parametrize('kw', [dict(identical=False), dict(exhaustive=True, identical=False)])
 def test_draws_compile_whole(kw, fresh_compiler):
