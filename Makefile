@@ -52,7 +52,7 @@ test-clean: $(READY)
 test-nbs: $(READY)
 	@echo "== 3/4 every notebook runs"
 	@echo "   left out here: cells flagged cuda (need a GPU), data (need a download), slow (take long)"
-	@$(BIN)/nbdev-test --n-workers 3 --timing
+	@$(BIN)/python tools/notebooks.py
 
 test-py: $(READY)
 	@echo "== 4/4 pytest"

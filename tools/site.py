@@ -1,5 +1,6 @@
 "The site and the README, with pip alone: nbdev's processing, then smalldocs or nbconvert. `python tools/site.py docs`, `api` or `readme`"
-import os, re, shutil, sys, warnings
+import inspect, os, re, shutil, sys, warnings
+from functools import cache
 from pathlib import Path
 from badges import colab_links, root
 
@@ -18,6 +19,7 @@ def api():
     warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning) # timm's and torchvision's, when they are imported
     seen = api.unwrapped
     api.unwrapped = lambda o: o if isinstance(o, NullType) else seen(o) # fastai's `null` answers whatever it is asked, without end
+    inspect.findsource = cache(inspect.findsource) # it is asked for the same source again and again, and parses a whole module to find a class
     shutil.rmtree(out, ignore_errors=True)
     s = api.Settings(root/'nbs', [cfg.lib_name], root=root, source=f'{cfg.git_url}/blob/{cfg.branch}')
     pages = api.build(s)

@@ -1,0 +1,10 @@
+"Run every notebook, or those of a path, three at a time: nbdev-test, whose workers are forked from a process that has the imports behind it"
+import gc, sys, warnings
+gc.set_threshold(100_000, 50, 1000) # the collector walks through all that was ever imported: not so often
+warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning) # timm's and torchvision's, when they are imported
+import skimage.data, timm, torch._dynamo, torchvision, vt_drloc.train
+from nbdev.test import nbdev_test
+
+if __name__ == '__main__':
+    gc.freeze()
+    nbdev_test(*sys.argv[1:], n_workers=3, timing=True)
