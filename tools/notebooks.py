@@ -1,8 +1,9 @@
 "Run every notebook, or those of a path, three at a time: nbdev-test, whose workers are forked from a process that has the imports behind it"
-import gc, sys, warnings
+import gc, shutil, sys, warnings
 gc.set_threshold(100_000, 50, 1000) # the collector walks through all that was ever imported: not so often
 warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning) # timm's and torchvision's, when they are imported
-import skimage.data, timm, torch._dynamo, torchvision, vt_drloc.train
+if not shutil.which('nvidia-smi'):  # fastai's import opens a GPU, which a process forked after that cannot use
+    import skimage.data, timm, torch._dynamo, torchvision, vt_drloc.train
 from nbdev.test import nbdev_test
 
 if __name__ == '__main__':
