@@ -11,6 +11,7 @@ def shares(file): return "scope='module'" in (Path(__file__).parent/file).read_t
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda o: not shares(o.path.name)) # no long file is left for the end
 def pytest_collection_finish(session): gc.freeze()
+def pytest_unconfigure(config): gc.unfreeze()      # or Triton complains at the end of what was not collected
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):

@@ -8,4 +8,5 @@ from nbdev.test import nbdev_test
 
 if __name__ == '__main__':
     gc.freeze()
-    nbdev_test(*sys.argv[1:], n_workers=3, timing=True)
+    try: nbdev_test(*sys.argv[1:], n_workers=3, timing=True)
+    finally: gc.unfreeze()          # or Triton complains at the end of what was not collected
