@@ -308,6 +308,8 @@ def test_compiled_loss():
     near(weights(ref.model), weights(learn.model))
     near(mlp(ref), mlp(learn))
     assert cb.compiled is not None and copy.deepcopy(cb).compiled is None
+    new = copy.deepcopy(cb)
+    assert len(cb.draw.places)==1 and not new.draw.places               # drawn to one place; a copy has its own
     torch.compiler.reset()
 
 def test_compiled_loss_of_a_network_with_a_class_token():

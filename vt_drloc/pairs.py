@@ -78,12 +78,17 @@ def sample_pairs(
     w:int, # Columns of the grid
     device=None, # The device of the grid: the draw happens there
     generator=None, # A `torch.Generator` of that device; None draws from its global one
+    out:torch.Tensor=None, # (B, m, 2) of int64 to write the draw into; None makes a new one
 ) -> torch.Tensor: # (B, m, 2) flat cell indices
     "Draw m ordered pairs of cells for each of B images, uniformly and with replacement"
     check_m(m)
     check_grid(h, w)
     size = (B, m, 2)
-    return torch.randint(h*w, size, device=device, generator=generator)
+    if out is None: return torch.randint(h*w, size, device=device, generator=generator)
+    if (*out.shape,out.dtype) != (*size,torch.int64):
+        raise ValueError(f"out has shape {tuple(out.shape)} and {out.dtype}; "
+                         f"a draw needs {size} and torch.int64")
+    return torch.randint(h*w, size, generator=generator, out=out)
 
 # %% ../nbs/05_pairs.ipynb #87b2d01c
 def gather_pairs(

@@ -81,16 +81,12 @@ def _spread(one, dh, LOW: tl.constexpr):
     return tl.dot(one, dh.to(tl.bfloat16)) if LOW else tl.dot(one, dh, input_precision='tf32x3')
 
 @jit
-def _write(dpre, first, second, b, n, c, N, prefix, H: tl.constexpr):
-    "Both halves of an image's gradients at its cells, and zeros at the tokens before them"
-    image,here = dpre + b*(prefix + N)*2*H + c[None,:],n[:,None] < N
-    row = image + (prefix + n[:,None])*2*H
-    tl.store(row, first.to(dpre.dtype.element_ty), mask=here)
-    tl.store(row + H, second.to(dpre.dtype.element_ty), mask=here)
-    for k in range(0, prefix):
-        nothing = tl.zeros((1, c.shape[0]), dpre.dtype.element_ty)
-        tl.store(image + k*2*H, nothing)
-        tl.store(image + k*2*H + H, nothing)
+def _write(dpre, first, second, b, n, start, N, prefix, H: tl.constexpr, BH: tl.constexpr):
+    "An image's gradients at its cells, each unit's two halves side by side, and zeros at the tokens before them"
+    image = dpre + b*(prefix + N)*2*H + (2*start + tl.arange(0, 2*BH))[None,:]
+    both = tl.interleave(first, second).to(dpre.dtype.element_ty)
+    tl.store(image + (prefix + n[:,None])*2*H, both, mask=n[:,None] < N)
+    for k in range(0, prefix): tl.store(image + k*2*H, tl.zeros((1, 2*BH), dpre.dtype.element_ty))
 
 # %% ../nbs/21_speed_loss.ipynb #6c8c739c
 @jit
@@ -115,7 +111,7 @@ def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix,
             first += _spread(_ones(i, ok, NB, LOW), dh, LOW)
             second += _spread(_ones(j, ok, NB, LOW), dh, LOW)
         else: tl.store(dpre + at[:,None]*H + c[None,:], dh.to(dpre.dtype.element_ty), mask=ok[:,None])
-    if CELLS: _write(dpre, first, second, b, n, c, N, prefix, H)
+    if CELLS: _write(dpre, first, second, b, n, tl.program_id(1)*BH, N, prefix, H, BH)
     part = parts + b*(3*H + 2)
     tl.store(part + c, db1); tl.store(part + H + c, dwu); tl.store(part + 2*H + c, dwv)
     if tl.program_id(1) == 0:
@@ -129,7 +125,8 @@ def _times(x, w):
 def _product(a, b, dtype):
     "A product whose sums are in float32"
     if not a.is_cuda: return (a.float() @ b.float()).to(dtype)
-    return a @ b if a.dtype==dtype else torch.mm(a, b, out_dtype=dtype)
+    if a.dtype==dtype: return a @ b
+    return torch.mm(a, b, out_dtype=dtype) if dtype==torch.float32 else (a @ b).to(dtype)
 
 def _times_back(dpre, x, w, dtype):
     "Gradients of the rows, and of the weights in float32"
@@ -151,7 +148,7 @@ def _pairs_look_up(cells, pairs, out, kept, M, N, image, cell, one, D, BD: tl.co
 def _look_up(cells, pairs, low):
     "(m B, 2D) both cells of each pair side by side, in float32, and for the way back"
     (B,M,_),(_,N,D) = pairs.shape,cells.shape
-    rows,BD = cells.new_empty(B*M, 2*D, dtype=torch.float32),min(512, triton.next_power_of_2(D))
+    rows,BD = cells.new_empty(B*M, 2*D, dtype=torch.float32),min(128, triton.next_power_of_2(D))
     kept = torch.empty_like(rows, dtype=torch.bfloat16) if low else rows
     _pairs_look_up[B,triton.cdiv(2*M, 16),triton.cdiv(D, BD)](cells, pairs, rows, kept, M, N, *cells.stride(), D, BD=BD, BM=16, KEEP=low)
     return rows,kept
@@ -216,15 +213,14 @@ def _losses_backward(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b
                      x:torch.Tensor, derror:torch.Tensor, prefix:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,T,D),m,N,half = tokens.shape,pairs.shape[1],tokens.shape[1]-prefix,torch.bfloat16 if low else torch.float32
     s = _sizes(N, pairs, len(b1), 64)
-    x,w = (_cells_alone(tokens, prefix, half),_halves(w1)) if s['CELLS'] else (x,w1)
+    x,w = (_cells_alone(tokens, prefix, half),w1.reshape(-1, D)) if s['CELLS'] else (x,w1)
     dpre,parts = torch.empty_like(pre, dtype=half),pre.new_empty(B, 3*len(b1)+2)
     least = lambda n: max(16, triton.next_power_of_2(n))
     _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, prefix, NB=least(N) if s['CELLS'] else 16,
-                                       BM=min(32 if s['CELLS'] else 64, least(m)), LOW=low and x.is_cuda, **s)
+                                       BM=min(64, least(m)), LOW=low and x.is_cuda, num_stages=1, **s)
     with torch.autocast(tokens.device.type, enabled=False): dx,dw = _times_back(dpre, x, w, tokens.dtype if s['CELLS'] else half)
-    if s['CELLS']: dw = dw.view(2, -1, D).transpose(0, 1)
-    else: dx = _at_cells(dx.view(-1, D), pairs, T, prefix, tokens.dtype)
-    return dx.view(B, T, D),dw.reshape(-1, 2*D),parts.sum(0)
+    if not s['CELLS']: dx = _at_cells(dx.view(-1, D), pairs, T, prefix, tokens.dtype)
+    return dx.view(B, T, D),dw.view(-1, 2*D),parts
 
 # %% ../nbs/21_speed_loss.ipynb #7a719414
 @_losses.register_fake
@@ -236,7 +232,7 @@ def _(tokens, pairs, w1, b1, w2, b2, prefix, rows, cols, low):
 
 @_losses_backward.register_fake
 def _(tokens, pairs, w1, b1, w2, pre, sign, x, derror, prefix, low):
-    return tokens.new_empty(tokens.shape),w1.new_empty(w1.shape),w1.new_empty(3*len(b1)+2)
+    return tokens.new_empty(tokens.shape),w1.new_empty(w1.shape),w1.new_empty(len(pairs), 3*len(b1)+2)
 
 def _keep(ctx, inputs, output):
     tokens,pairs,w1,b1,w2,_,ctx.prefix,*_,ctx.low = inputs
@@ -246,7 +242,7 @@ def _keep(ctx, inputs, output):
 def _gradients(ctx, derror, *_):
     if derror is None: return (None,)*10
     dtokens,dw1,parts = _losses_backward(*ctx.saved_tensors, derror, ctx.prefix, ctx.low)
-    H = len(ctx.saved_tensors[3])
+    parts,H = parts.sum(0),len(ctx.saved_tensors[3])
     return dtokens,None,dw1,parts[:H],parts[H:3*H].view(2, H),parts[3*H:],None,None,None,None
 
 _losses.register_autograd(_gradients, setup_context=_keep)
