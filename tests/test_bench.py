@@ -21,6 +21,51 @@ def test_a_failing_case_costs_its_row_alone():
     assert len(by['good']['block_s'])==2 and all(s>0 for s in by['good']['block_s'])
     assert any('1 of 2' in t for t in told)
 
+def test_a_case_that_dies_when_it_is_timed_costs_its_rows_alone():
+    "In the second round; the blocks that it has already are no comparison, the others' pairs stay pairs"
+    class Fake:
+        def __init__(self, name, *arms): self.case,self.asked = Case(name=name, arms=arms, **tiny),[]
+        def ask(self, arm):
+            self.asked.append(arm)
+            if self.case.name=='bad' and len(self.asked)==3: raise BrokenPipeError('gone')
+            return len(self.asked)
+    good,bad,rows = Fake('good', 'eager', 'eager side'),Fake('bad', 'eager', 'eager side'),[]
+    answers = bench._take_turns([good,bad], 3, math.inf, print, rows)
+    assert answers=={(good,'eager'):[1,4,5], (good,'eager side'):[2,3,6]} and len(bad.asked)==3
+    assert [(r['name'],r['error']) for r in rows]==[('bad','gone')]
+    assert [len(v) for v in bench._take_turns([Fake('late', 'eager')], 5, 0., print, rows).values()]==[2]   # one round has no interval
+
+def test_groups_are_measured_one_after_the_other(monkeypatch):
+    "Each gets its share of the minutes that are left; one that fails costs its own rows"
+    clock,alive,seen = [0.],[],[]
+    monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
+    class Fake:
+        def __init__(self, case, device): assert set(alive)<={c.name for c in seen[-1]}; self.case = case; alive.append(case.name)
+        def read(self, until):
+            assert until==pytest.approx(clock[0]+60*.85*share[-1])
+            if self.case.name=='bad': raise RuntimeError('no memory')
+            return {a: dict(steps=3) for a in self.case.arms}
+        def ask(self, arm): clock[0] += 10; return .1
+        def close(self): alive.remove(self.case.name)
+    monkeypatch.setattr(bench, 'Worker', Fake)
+    measure,share = bench.measure_cases,[]
+    def watched(cases, device, rounds, minutes, say, **kw): assert not alive; seen.append(cases); share.append(minutes); return measure(cases, device, rounds, minutes, say, **kw)
+    monkeypatch.setattr(bench, 'measure_cases', watched)
+    case = lambda name: Case(name=name, arms=('eager','eager side'), **tiny)
+    rows = one_by_one([[case('a')],[case('bad')],[case('b'),case('c')]], 'cpu', 3, 9., lambda s: None)
+    assert share==pytest.approx([3,4,8]) and not alive                       # 'a' took a minute of its three
+    assert [(r['name'],r.get('arm'),r.get('error')) for r in rows]==[('a','eager',None),('a','eager side',None),('bad',None,'no memory'),*[(n,a,None) for n in 'bc' for a in case(n).arms]]
+    assert all(len(r['block_s'])==3 for r in rows if 'arm' in r)
+
+@pytest.mark.parametrize('section,asked,rounds,how', [('side',0,20,'measure_cases'), ('side_eager',0,200,'measure_cases'), ('side_eager',7,7,'measure_cases'), ('side512',0,20,'one_by_one'), ('side512_eager',0,40,'one_by_one')])
+def test_a_section_has_its_number_of_rounds(section, asked, rounds, how, tmp_path, monkeypatch):
+    seen = []
+    for name in ('measure_cases','one_by_one'): monkeypatch.setattr(bench, name, lambda *args, name=name: seen.append((name,*args[:4])) or [])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(bench, 'case_circumstances', lambda device: {})
+    bench.main(section=section, out=str(tmp_path), rounds=asked, minutes=5.)
+    assert seen==[(how,SECTIONS[section],'cuda',rounds,5.)] and json.loads((tmp_path/f'{section}.json').read_text())['rows']==[]
+
 def test_a_case_that_compiles_for_too_long(monkeypatch):
     "It costs its own row; who was ready in time is there, also if it is asked after the late one"
     does = dict(late='import time; time.sleep(600)', good='print("{\\"eager\\": 7}", flush=True); input()')
@@ -77,7 +122,7 @@ def test_a_record_of_cases_says_what_their_processes_set(name, device, monkeypat
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: 'a GPU')
     then = json.loads((Path(bench.__file__).parents[1]/'nbs'/'results'/'bench'/f'{name}.json').read_text())['circumstances']
     now = bench.case_circumstances(device)
-    assert list(now)==list(then) and all(now[k]==then[k] for k in ('cudnn_benchmark','float32_matmul_precision','optimizer','autocast'))
+    assert [k for k in now if k!='baseline']==[k for k in then if k!='baseline'] and all(now[k]==then[k] for k in ('cudnn_benchmark','float32_matmul_precision','optimizer','autocast'))
 
 def test_the_waterfall_changes_one_thing_at_a_time():
     "From the released step on, each bar differs from the one before in what its name says"
@@ -99,7 +144,7 @@ def weights(run): return torch.cat([p.detach().flatten() for p in run.model.para
 @pytest.mark.parametrize('model', ['demo_cvt','swin_mini','cvt_13_mini'])                  # (B, D, h, w), (B, h, w, D), (B, 1 + hw, D)
 def test_pieces_of_the_side_task_add_up(model):
     "A piece alone trains the network as if there were none, draws the same pairs, and leaves the MLP; compiled or not"
-    case = Case(name='parts', batch=4, drop_path=0., **{**tiny, 'model':model}, arms=('eager','eager draw','eager grid','eager side',*(['alone','compiled side'] if model=='demo_cvt' else [])))
+    case = Case(name='parts', batch=4, drop_path=0., **{**tiny, 'model':model}, arms=('eager','eager out','eager draw','eager grid','eager side',*(['compiled','compiled out','compiled side'] if model=='demo_cvt' else [])))
     seen = {}
     for arm in case.arms:
         torch.manual_seed(0)
@@ -110,13 +155,36 @@ def test_pieces_of_the_side_task_add_up(model):
         assert all(moved) if arm.endswith('side') else not any(moved)
         seen[arm] = loss,weights(run),run.generator.get_state()
         torch.compiler.reset()
-    drawn = {a:s for a,(_,_,s) in seen.items() if ' ' in a}
+    drawn = {a:s for a,(_,_,s) in seen.items() if a.split()[-1] in ('draw','grid','side')}
     assert all(torch.equal(s, drawn['eager side']) for s in drawn.values()) and not torch.equal(seen['eager'][2], drawn['eager side'])
-    for arm in ('eager draw','eager grid'): assert all(torch.equal(a, b) for a,b in zip(seen[arm][:2], seen['eager'][:2]))
-    for a,b in (('alone','eager'),('compiled side','eager side')):
+    for arm in ('eager out','eager draw','eager grid'): assert all(torch.equal(a, b) for a,b in zip(seen[arm][:2], seen['eager'][:2]))
+    for a,b in (('compiled','eager'),('compiled out','eager'),('compiled side','eager side')):
         if a not in seen: continue
         for x,y in zip(seen[a][:2], seen[b][:2]): torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
     assert seen['eager side'][0]>seen['eager'][0]+.01
+
+@pytest.mark.parametrize('how', ['eager','compiled'])
+def test_features_leave_only_a_step_that_wants_them(how, monkeypatch):
+    "What it is compared with is the network as it is trained without the task"
+    run,handed = Steps(Case(name='out', batch=2, arms=tuple(f'{how} {p}'.strip() for p in ('','out','draw','side')), **tiny), 'cpu'),{}
+    assert set(run.forwards)=={(how,False),(how,True)}
+    for w,f in list(run.forwards.items()): monkeypatch.setitem(run.forwards, w, lambda x, f=f: handed.setdefault(arm, f(x)))
+    for arm in run.case.arms: run.step(arm)
+    torch.compiler.reset()
+    assert {a:f is not None for a,(_,f) in handed.items()}=={how:False, f'{how} out':True, f'{how} draw':True, f'{how} side':True}
+
+@pytest.mark.parametrize('arm', ['alone','side','compiled sdie','eager side grid',''])
+def test_an_arm_that_is_none(arm):
+    with pytest.raises(ValueError, match=f"arm {arm!r}: give 'eager' or 'compiled'"): Steps(Case(name='x', batch=2, arms=(arm,), **tiny), 'cpu')
+
+def test_arms_that_are_compared_take_as_many_steps(monkeypatch):
+    "From the fastest of those that run alike, however the first timings scatter"
+    secs = {'compiled':.0375, 'compiled side':.01875, 'eager':.1, 'eager side':.11}
+    run = Steps(Case(name='n', batch=2, seconds=.3, arms=tuple(secs), **tiny), 'cpu')
+    monkeypatch.setattr(run, 'block', lambda arm, n, lead=None: secs[arm])
+    assert {a:f['steps'] for a,f in run.warm_up().items()}=={'compiled':16, 'compiled side':16, 'eager':3, 'eager side':3}
+    run.case.steps = 5
+    assert {f['steps'] for f in run.warm_up().values()}=={5}
 
 def test_the_compiled_side_task_begins_at_the_features():
     "One graph, from tokens with a class token to the loss, the same loss and gradients; the piece of the grid sends zeros back"
@@ -141,8 +209,8 @@ def test_pieces_by_hand():
     ms = dict(zip(bench.PARTS, (19.9,20.,20.01,20.05,20.2)))
     rows = [dict(name='swin_t', arm=a, batch=8, block_s=[1e-3*(s+d) for d in (.1,0.,-.1)]) for a,s in ms.items()]       # a drift that all arms share
     found = side_parts(rec('parts', *rows, dict(name='broken', error='no memory')))
-    assert [r['us'] for r in found]==pytest.approx([100,10,40,150,200]) and all(r['high']-r['low']<1e-6 for r in found)
-    assert found[-1]['share']==pytest.approx(.01) and sum(r['us'] for r in found[1:4])==pytest.approx(found[-1]['us'])
+    assert [r['us'] for r in found]==pytest.approx([100,10,40,150,300]) and all(r['high']-r['low']<1e-6 for r in found)
+    assert found[-1]['share']==pytest.approx(.3/19.9) and sum(r['us'] for r in found[:4])==pytest.approx(found[-1]['us'])
     assert [r['piece'] for r in side_parts(rec('parts', *rows[1:3]))]==['+ drawing pairs']
 
 def test_ratio_by_hand():
@@ -154,20 +222,26 @@ def test_ratio_by_hand():
     with pytest.raises(ValueError): ratio([1.,2.], [1.])
 
 def test_sections_are_what_they_say():
-    for name,cases in SECTIONS.items():
-        if callable(cases): continue
+    flat = {name: [c for g in what for c in (g if isinstance(g, list) else [g])] for name,what in SECTIONS.items() if not callable(what)}
+    for name,cases in flat.items():
         assert len({c.name for c in cases})==len(cases)
         assert all(c.section==name for c in cases)
         assert all(c.model in list_models() or c.model.startswith('timm:') for c in cases)
     vts = {'swin_t','t2t_vit_14','cvt_13_gap'}
     for name,batch in (('side',128),('side512',512)):
-        assert {c.model for c in SECTIONS[name]}==vts
-        assert all((c.batch,c.size,c.arms)==(batch,224,('compiled','compiled side','eager','eager side')) for c in SECTIONS[name])
+        assert {c.model for c in flat[name]}==vts and all((c.batch,c.size,c.arms,c.mode)==(batch,224,('compiled','compiled side'),'reduce-overhead') for c in flat[name])
+        assert [c.attention and c.skip and c.patches for c in flat[name]]==[c.model=='swin_t' for c in flat[name]]
+    for name,batch,secs in (('side_eager',128,.12),('side512_eager',512,.3)):
+        assert {c.model for c in flat[name]}==vts and all((c.batch,c.size,c.arms,c.mode,c.lead,c.seconds)==(batch,224,('eager','eager side'),'',secs,secs) for c in flat[name])
+        assert not any(c.attention or c.skip or c.patches for c in flat[name])
+    assert all([len(g) for g in SECTIONS[n]]==[1,1,1] for n in ('side512','side512_eager')) and set(ROUNDS)<=set(flat)
     assert [(c.model,c.batch,c.arms,c.lead,c.mode) for c in SECTIONS['parts']]==[(c.model,128,bench.PARTS,.3,'reduce-overhead') for c in SECTIONS['side']]
     assert [replace(p, section='side', arms=s.arms) for p,s in zip(SECTIONS['parts'], SECTIONS['side'])]==SECTIONS['side']
-    small = {(c.model,c.size,c.batch) for c in SECTIONS['side_small']}
+    small = {(c.model,c.size,c.batch) for c in flat['side_small']}
     assert small=={('resnet50',224,128),('resnet50',224,512),*((m,32,512) for m in ('t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini'))}
+    assert [[c.batch for c in g if c.model=='resnet50'] for g in SECTIONS['side_small']]==[[512],[128]]           # the largest by itself
     assert set(GOALS)<=set(SECTIONS)
+    assert all(n in GOALS for n,cs in flat.items() if any(len({a.split()[0] for a in c.arms})<len(c.arms) for c in cs) and n!='parts')
 
 def test_cases_of_several_gpus():
     two,four = _gpu_cases(2),_gpu_cases(4)
@@ -187,7 +261,7 @@ def test_a_goal_is_judged_by_the_worse_end():
     g = goal('x', 3, most=2)
     assert (g['measured'],g['low'],g['high'],g['wanted'],g['met'])==(3,3,3,'at most 2',False)
 
-@pytest.mark.parametrize('section,model,factor,ok', [('side','swin_t',1.005,(True,True)), ('side512','swin_t',1.02,(False,True)), ('side','swin_t',1.04,(False,False)),
+@pytest.mark.parametrize('section,model,factor,ok', [('side','swin_t',1.005,(True,True)), ('side512','swin_t',1.02,(False,True)), ('side_eager','swin_t',1.02,(True,True)), ('side512_eager','swin_t',1.04,(False,False)), ('side','swin_t',1.04,(False,False)),
                                                      ('side_small','cvt_mini',1.02,(True,True)), ('side_small','cvt_mini',1.04,(False,False))])
 def test_cost_of_the_side_task(section, model, factor, ok):
     rows = [dict(name=model, arm=a, batch=8, block_s=blocks(.1*(factor if a.endswith('side') else 1))) for a in ('compiled','compiled side','eager','eager side')]
@@ -329,3 +403,6 @@ def test_a_process_is_held_with_all_its_threads():
                                           pytest.param('speed', 'no GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'))])
 def test_bad_arguments(section, says):
     with pytest.raises(SystemExit, match=says): bench.main(section=section)
+
+def test_a_number_of_rounds_that_is_none():
+    with pytest.raises(SystemExit, match="--rounds -1: at least 1, or 0 for the section's own number"): bench.main(section='cpu', device='cpu', rounds=-1)

@@ -236,10 +236,10 @@ def test_memory_on_a_gpu_counts_what_graphs_keep():
 def test_cases_are_what_they_say():
     cases = gpu_cases(64)
     assert len({c.name for c in cases})==len(cases) and all(c.section=='profile' and c.batch==64 and c.size==224 for c in cases)
-    assert all(c.arms==('alone',) or len(c.arms)==1 and 'side' in c.arms[0] for c in cases+TRY) and cases[0].kind=='released' and cases[0].precision=='float32'
+    assert all(len(c.arms)==1 and (c.arms==('compiled',) or c.arms[0].endswith(' side')) for c in cases+TRY) and cases[0].kind=='released' and cases[0].precision=='float32'
     assert all(c.model in list_models() or c.model.startswith('timm:') for c in cases+TRY)
     assert {c.model for c in cases if c.mode=='reduce-overhead'}=={'swin_t','t2t_vit_14','cvt_13_gap'}
-    plain = {c.name: c for c in cases if c.arms==('alone',)}
+    plain = {c.name: c for c in cases if c.arms==('compiled',)}
     for c in plain.values():                       # the same case but for the side task, so that the difference is its own
         [with_it] = [o for o in cases if o.name==c.name.replace('no side task', 'all of it')]
         assert replace(c, name=with_it.name, arms=with_it.arms)==with_it

@@ -254,7 +254,7 @@ def gpu_cases(
             swin('Swin-T, compiled, fast parts', **fast),
             *[make(f'{name}, {what}', mode='reduce-overhead', arms=arms, **kw)
               for make,name,kw in ((swin,'Swin-T',fast), (case,'T2T-ViT-14',dict(model='t2t_vit_14')), (case,'CvT-13',dict(model='cvt_13_gap')))
-              for what,arms in (('all of it',('compiled side',)), ('no side task',('alone',)))]]
+              for what,arms in (('all of it',('compiled side',)), ('no side task',('compiled',)))]]
 
 # %% ../nbs/22_profile.ipynb #336ae2a9
 def profile_cases(
