@@ -95,7 +95,7 @@ def _model(self:Steps):
 @patch
 def _side(self:Steps):
     "The side task's loss and generator, from features on; its parameters"
-    from vt_drloc.callback import features_loss
+    from vt_drloc.callback import PairDraw, features_loss
     back,hw = as_backbone(self.model),(self.case.size,)*2
     with torch.no_grad(): _,D,*self.cells = back.grid(back.forward_features(self.x[:2]), hw).shape
     drloc = self.drloc = DrlocLoss(D, seed=0).to(self.device)
@@ -104,6 +104,7 @@ def _side(self:Steps):
     def grid(f, pairs): return 0*back.grid(f, hw).float().mean()
     def joint(f, pairs): return features_loss(drloc, back, f, hw, pairs)
     self.judges = dict(eager=dict(side=side, grid=grid), compiled={k: torch.compile(o, **self._compile_args()) for k,o in dict(side=joint, grid=grid).items()})
+    self.draws = dict(eager=sample_pairs, compiled=PairDraw())
     return list(drloc.parameters())
 
 # %% ../nbs/22_bench.ipynb #3c2351c3
@@ -137,7 +138,7 @@ def step(self:Steps,
         logits,f = self.forwards[how,bool(part)](self.x)
         loss = F.cross_entropy(logits.float(), self.y)
         if part in ('draw','grid','side'):
-            pairs = sample_pairs(len(f), self.drloc.m, *self.cells, f.device, self.generator)
+            pairs = self.draws[how](len(f), self.drloc.m, *self.cells, f.device, self.generator)
             if part!='draw': loss = loss + .1*self.judges[how][part](f, pairs)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self.params, 5., foreach=True)
