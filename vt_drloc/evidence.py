@@ -69,7 +69,7 @@ class Run:
     @property
     def name(self): return run_name(self.recipe)
     @property
-    def kind(self): return (self.recipe.data,self.recipe.model,self.recipe.drloc,self.recipe.variant,self.recipe.control,self.recipe.bs,self.recipe.share,self.recipe.size)
+    def kind(self): return tuple(getattr(self.recipe, k) for k in ('data','model','drloc','variant','control','bs','share','size','precision','fast'))
 
 # %% ../nbs/23_evidence.ipynb #c9e9391c
 @cache
