@@ -74,7 +74,8 @@ class Steps:
         self.y = torch.randint(case.classes, (case.batch,), device=self.device)
         self.params = list(self.model.parameters())
         if any(' ' in a for a in case.arms): self.params += self._side()
-        self.opt = torch.optim.AdamW(self.params, 1e-4, weight_decay=.05, fused=True)
+        groups = [dict(params=[p for p in self.params if p.ndim>1]),dict(params=[p for p in self.params if p.ndim<2], weight_decay=0.)]
+        self.opt = torch.optim.AdamW(groups, 1e-4, weight_decay=.05, fused=True)
         self.forwards = {ways: self._forward(*ways) for ways in {(how, bool(part)) for how,part in map(_words, case.arms)}}
 
 # %% ../nbs/22_bench.ipynb #12e700aa
