@@ -169,8 +169,8 @@ def test_features_leave_only_a_step_that_wants_them(how, monkeypatch):
     run,handed = Steps(Case(name='out', batch=2, arms=tuple(f'{how} {p}'.strip() for p in ('','out','draw','side')), **tiny), 'cpu'),{}
     assert set(run.forwards)=={(how,False),(how,True)}
     for w,f in list(run.forwards.items()): monkeypatch.setitem(run.forwards, w, lambda x, f=f: handed.setdefault(arm, f(x)))
-    for arm in run.case.arms: run.step(arm)
-    torch.compiler.reset()
+    with torch.compiler.set_stance('force_eager'):                        # which network an arm calls is the question, not what the compiler makes of it
+        for arm in run.case.arms: run.step(arm)
     assert {a:f is not None for a,(_,f) in handed.items()}=={how:False, f'{how} out':True, f'{how} draw':True, f'{how} side':True}
 
 @pytest.mark.parametrize('arm', ['alone','side','compiled sdie','eager side grid',''])

@@ -30,8 +30,8 @@ def grads(f, x, params):
 def test_kernel_is_window_attention(data):
     "Any grid, window, shift and number of heads, also where only one axis is shifted, or none"
     s = data.draw(st.sampled_from([2,3,4,7]))
-    shift,nh,nw = (data.draw(st.integers(*b)) for b in ((0,s-1),(1,3),(1,3)))
-    heads,d,B = (data.draw(st.sampled_from(o)) for o in ((1,3),(16,32),(1,3)))
+    shift,nh,nw = (data.draw(st.integers(*b)) for b in ((0,s-1),(1,2),(1,2)))
+    heads,d,B = (data.draw(st.sampled_from(o)) for o in ((1,3),(16,32),(1,2)))
     torch.manual_seed(0)
     slow = WindowAttention(heads*d, heads, s, shift).to(device)
     torch.nn.init.normal_(slow.bias.table)
