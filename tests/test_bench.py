@@ -173,6 +173,14 @@ def test_features_leave_only_a_step_that_wants_them(how, monkeypatch):
         for arm in run.case.arms: run.step(arm)
     assert {a:f is not None for a,(_,f) in handed.items()}=={how:False, f'{how} out':True, f'{how} draw':True, f'{how} side':True}
 
+def test_the_optimizer_has_the_groups_of_training():
+    "Matrices decay and vectors do not, the localization MLP's too, and nobody is forgotten"
+    run = Steps(Case(name='groups', batch=2, arms=('eager','eager side'), **tiny), 'cpu')
+    decay,rest = run.opt.param_groups
+    assert {p.ndim for p in rest['params']}=={1} and min(p.ndim for p in decay['params'])==2 and (decay['weight_decay'],rest['weight_decay'])==(.05,0)
+    every = [*run.model.parameters(),*run.drloc.parameters()]
+    assert {id(p) for g in (decay,rest) for p in g['params']}=={id(p) for p in every} and len(decay['params'])+len(rest['params'])==len(every)
+
 @pytest.mark.parametrize('arm', ['alone','side','compiled sdie','eager side grid',''])
 def test_an_arm_that_is_none(arm):
     with pytest.raises(ValueError, match=f"arm {arm!r}: give 'eager' or 'compiled'"): Steps(Case(name='x', batch=2, arms=(arm,), **tiny), 'cpu')
