@@ -252,6 +252,11 @@ def after_loss(self:DrlocCallback):
     self.learn.loss = self.loss_grad.clone()
 
 # %% ../nbs/07_callback.ipynb #e5ef5b9a
+def _cut_from(adapter, f, grid):
+    "Features whose last tokens are the grid's cells, if these are"
+    plain = type(adapter).grid is Adapter.grid and f.ndim==3 and f.shape[1]==adapter.num_prefix_tokens+grid.shape[2]*grid.shape[3]
+    return f if plain else None
+
 def features_loss(
     loss_fn:DrlocLoss, # Of one grid
     adapter:Adapter, # Of the network
@@ -261,18 +266,19 @@ def features_loss(
 )->torch.Tensor: # Scalar
     "The loss of a network's features, which hands in their grid and, if that was cut from tokens, these"
     grid = adapter.grid(f, hw)
-    cut = type(adapter).grid is Adapter.grid and f.ndim==3 and f.shape[1]==adapter.num_prefix_tokens+grid.shape[2]*grid.shape[3]
-    return loss_fn(grid, pairs=pairs, tokens=f if cut else None)
+    return loss_fn(grid, pairs=pairs, tokens=_cut_from(adapter, f, grid))
 
 
 # %% ../nbs/07_callback.ipynb #07d0a004
 @patch
 def _judge(self:DrlocCallback, grid, f, hw):
-    "The side task's loss; a compiled one gets its pairs, since a graph cannot draw from a generator, and the features, so that their gradient is written once"
-    if self.compile is None or type(self.loss_fn) is not DrlocLoss: return self.loss_fn(grid, generator=self.generator)
+    "The side task's loss; a compiled one gets its pairs, since a graph cannot draw from a generator"
+    if type(self.loss_fn) is not DrlocLoss: return self.loss_fn(grid, generator=self.generator)
+    f,adapter = f.as_subclass(torch.Tensor),self.tap.adapter
+    if self.compile is None: return self.loss_fn(grid, generator=self.generator, tokens=_cut_from(adapter, f, grid))
     if self.compiled is None: self.compiled = torch.compile(features_loss, **self.compile)
     pairs = self.draw(len(grid), self.m, *grid.shape[2:], grid.device, self.generator)
-    return self.compiled(self.loss_fn, self.tap.adapter, f.as_subclass(torch.Tensor), tuple(hw), pairs)
+    return self.compiled(self.loss_fn, adapter, f, tuple(hw), pairs)
 
 
 # %% ../nbs/07_callback.ipynb #846fd282

@@ -187,9 +187,8 @@ def _at_cells(dx, pairs, T, prefix, dtype):
     return dtokens
 
 # %% ../nbs/21_speed_loss.ipynb #633430bc
-@torch.library.custom_op('vt_drloc::pair_losses', mutates_args=())
-def _losses(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, b2:torch.Tensor,
-            prefix:int, rows:int, cols:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
+def _ahead(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, b2:torch.Tensor,
+           prefix:int, rows:int, cols:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,m,_),N = pairs.shape,rows*cols
     with torch.autocast(tokens.device.type, enabled=False):
         if _cells_first(N, pairs): pre,kept = _times(tokens.reshape(-1, tokens.shape[2]), _halves(w1)),tokens.new_empty(0)
@@ -200,6 +199,8 @@ def _losses(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.T
     _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, N, prefix, rows, cols, BM=16, num_warps=8, **sizes)
     return error,sign,pre,kept
 
+_losses = torch.library.custom_op('vt_drloc::pair_losses', _ahead, mutates_args=())
+
 # %% ../nbs/21_speed_loss.ipynb #5a1e0c09
 def _cells_alone(tokens, prefix, dtype):
     "(B T, D) tokens, those before the cells zero"
@@ -208,9 +209,8 @@ def _cells_alone(tokens, prefix, dtype):
         tokens[:,:prefix] = 0
     return tokens.reshape(-1, tokens.shape[2])
 
-@torch.library.custom_op('vt_drloc::pair_losses_backward', mutates_args=())
-def _losses_backward(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor, sign:torch.Tensor,
-                     x:torch.Tensor, derror:torch.Tensor, prefix:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
+def _back(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor, sign:torch.Tensor,
+          x:torch.Tensor, derror:torch.Tensor, prefix:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,T,D),m,N,half = tokens.shape,pairs.shape[1],tokens.shape[1]-prefix,torch.bfloat16 if low else torch.float32
     s = _sizes(N, pairs, len(b1), 64)
     x,w = (_cells_alone(tokens, prefix, half),w1.reshape(-1, D)) if s['CELLS'] else (x,w1)
@@ -221,6 +221,8 @@ def _losses_backward(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b
     with torch.autocast(tokens.device.type, enabled=False): dx,dw = _times_back(dpre, x, w, tokens.dtype if s['CELLS'] else half)
     if not s['CELLS']: dx = _at_cells(dx.view(-1, D), pairs, T, prefix, tokens.dtype)
     return dx.view(B, T, D),dw.view(-1, 2*D),parts
+
+_losses_backward = torch.library.custom_op('vt_drloc::pair_losses_backward', _back, mutates_args=())
 
 # %% ../nbs/21_speed_loss.ipynb #7a719414
 @_losses.register_fake
@@ -239,13 +241,21 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(tokens, pairs, w1, b1, w2, output[2], output[1], output[3])
     ctx.set_materialize_grads(False)
 
-def _gradients(ctx, derror, *_):
+def _gradients(ctx, derror, *_, back=_losses_backward):
     if derror is None: return (None,)*10
-    dtokens,dw1,parts = _losses_backward(*ctx.saved_tensors, derror, ctx.prefix, ctx.low)
+    dtokens,dw1,parts = back(*ctx.saved_tensors, derror, ctx.prefix, ctx.low)
     parts,H = parts.sum(0),len(ctx.saved_tensors[3])
     return dtokens,None,dw1,parts[:H],parts[H:3*H].view(2, H),parts[3*H:],None,None,None,None
 
 _losses.register_autograd(_gradients, setup_context=_keep)
+
+# %% ../nbs/21_speed_loss.ipynb #e1a6c002
+class _Eager(torch.autograd.Function):
+    "The operation for steps that are not compiled"
+    forward,setup_context = staticmethod(_ahead),staticmethod(_keep)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *derrors): return _gradients(ctx, *derrors, back=_back)
 
 # %% ../nbs/21_speed_loss.ipynb #8997fb19
 def fits(
@@ -282,4 +292,5 @@ def pair_losses(
     if tokens is None: tokens = to_tokens(grid)
     else: _check_tokens(tokens, grid)
     (l1,_,l2),(h,w) = mlp,grid.shape[2:]
-    return _losses(tokens, pairs.contiguous(), l1.weight, l1.bias, l2.weight, l2.bias, tokens.shape[1]-h*w, h, w, _half(grid))[0]
+    losses = _losses if torch.compiler.is_compiling() else _Eager.apply
+    return losses(tokens, pairs.contiguous(), l1.weight, l1.bias, l2.weight, l2.bias, tokens.shape[1]-h*w, h, w, _half(grid))[0]
