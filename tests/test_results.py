@@ -154,6 +154,33 @@ def test_a_breakdown_is_found(monkeypatch):
     assert 'before is 96.0 long; in this epoch and the next two it is 700.0' in said and 'come down to 0.00077' in said and 'at 55.00 %' in said and 'neither suspect does it alone' in said
     assert 'breaks down in epoch 32 and ends at **20.00 %**' in space['short']() and 'peak rate of 1e-3' in space['advice']() and 'with 5e-4' in space['advice']()
 
+def test_the_task_that_keeps_a_run_from_breaking(full, monkeypatch):
+    "Points before the breakdown and at the end; nothing of it where nobody breaks down, or both do"
+    assert full[0]['kept_text']().endswith('(one seed, no verdict).') and 'kept the run' not in full[0]['advice']()
+    recs = falling(fakes())
+    tasked = next(r for r in recs if r['recipe']['bs']==1024 and r['recipe']['drloc']=='released')
+    for e in tasked['epochs']: e.update({'lambda': .5-e['epoch']/1000, 'accuracy': .5 if e['epoch']<31 else .8, 'grad_norm_max': 4.})
+    space,_ = page(swin, recs, monkeypatch)
+    before = 100*next(r for r in recs if r['recipe']['bs']==1024 and r['recipe']['epochs']==101 and r['recipe']['drloc']=='none')['epochs'][30]['accuracy']
+    said = space['kept_text']()
+    assert 'ends at **80.00 %**, 3.89 points below' in said and 'its gain is 60.00 points, where the paper has 24.42' in said and f'it had {before:.2f} % and the other 50.00 %' in said
+    assert 'with the task is 4.0 long, without it 700' in said and 'weight was 0.47 in that epoch, and 0.40 at the end' in said and f'So {50-before:.2f} of the 60.00 points' in said
+    assert '20.00 into 80.00 %, by +60.00 points (*no verdict*, 1 seed). It kept the run' in space['advice']() and 'ends at **80.00 %** (1 seed), where the paper has 83.89' in space['short']()
+    for e in tasked['epochs'][50:]: e['accuracy'] = .3
+    space,_ = page(swin, recs, monkeypatch)
+    assert 'one over one that breaks' not in space['kept_text']() and 'kept the run' not in space['advice']()
+
+@pytest.mark.parametrize('second,said', [(.3,'**Our speed is not the cause.**'), (.9,'**Our speed may be the cause.**')])
+def test_is_it_our_speed(second, said, monkeypatch):
+    "The plain run breaks down as well, or goes on"
+    plain = read_plan(results/'plans'/'224px_breakdown.txt')[0]
+    rec = record(read_plan(plan)[0], epochs=40)
+    rec['recipe'] = asdict(plain.recipe.check())
+    for e in rec['epochs']: e['accuracy'] = .8 if e['epoch']<33 else second
+    text = page(swin, [*falling(fakes()), rec], monkeypatch)[0]['doubts_text']()
+    assert text.startswith(said) and ('in epoch 34 where ours does in epoch 32: from 80.00 to 30.00 %' in text)==(second==.3)
+    assert page(swin, fakes(), monkeypatch)[0]['doubts_text']()==''
+
 @pytest.mark.parametrize('acc,at', [([.3,.5,.6,.3,.3], 3), ([.3,.5,.6,.3,.51], None), ([.3,.6,.2,.6,.2], 4), ([.3,.4,.5], None), ([.5], None)])
 def test_what_a_breakdown_is(full, acc, at):
     "Ten points below the best, for good; who recovers has not broken down"

@@ -242,6 +242,20 @@ def test_compiled():
     torch.compiler.reset()
 
 @kernels
+@pytest.mark.parametrize('prefix,h,w', [(0,3,3),(1,6,6)])
+def test_eager_is_the_operation(prefix, h, w):
+    "What a step that is not compiled calls gives the bits of the operation that a compiled one has; no gradient for who wants none"
+    mlp,tokens,pairs,grid = behind(prefix, h, w)
+    tokens = tokens.detach().nan_to_num().requires_grad_()
+    got = grads(lambda m,t,p: pair_losses(m, grid(t), p, t), mlp, tokens, pairs)
+    want = grads(lambda m,t,p: _losses(t, p, m[0].weight, m[0].bias, m[2].weight, m[2].bias, prefix, h, w, False)[0], mlp, tokens, pairs)
+    for a,b in zip(got, want): assert torch.equal(a, b)
+    mlp[0].requires_grad_(False)
+    pair_losses(mlp, grid(t := tokens.detach()), pairs, t).mean().backward()
+    assert mlp[0].weight.grad is None and torch.equal(mlp[2].weight.grad, torch.autograd.grad(pair_losses(mlp, grid(t), pairs, t).mean(), mlp[2].weight)[0])
+    with torch.no_grad(): assert not pair_losses(mlp, grid(t), pairs, t).requires_grad
+
+@kernels
 def test_not_twice():
     mlp,grid,pairs = inputs()
     g, = torch.autograd.grad(pair_losses(mlp, grid, pairs).mean(), grid, create_graph=True)

@@ -252,10 +252,14 @@ _losses.register_autograd(_gradients, setup_context=_keep)
 # %% ../nbs/21_speed_loss.ipynb #e1a6c002
 class _Eager(torch.autograd.Function):
     "The operation for steps that are not compiled"
-    forward,setup_context = staticmethod(_ahead),staticmethod(_keep)
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _ahead(*inputs)
+        _keep(ctx, inputs, output)
+        return output[0]
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *derrors): return _gradients(ctx, *derrors, back=_back)
+    def backward(ctx, derror): return _gradients(ctx, derror, back=_back)
 
 # %% ../nbs/21_speed_loss.ipynb #8997fb19
 def fits(
@@ -292,5 +296,5 @@ def pair_losses(
     if tokens is None: tokens = to_tokens(grid)
     else: _check_tokens(tokens, grid)
     (l1,_,l2),(h,w) = mlp,grid.shape[2:]
-    losses = _losses if torch.compiler.is_compiling() else _Eager.apply
-    return losses(tokens, pairs.contiguous(), l1.weight, l1.bias, l2.weight, l2.bias, tokens.shape[1]-h*w, h, w, _half(grid))[0]
+    inputs = tokens,pairs.contiguous(),l1.weight,l1.bias,l2.weight,l2.bias,tokens.shape[1]-h*w,h,w,_half(grid)
+    return _losses(*inputs)[0] if torch.compiler.is_compiling() else _Eager.apply(*inputs)
