@@ -256,6 +256,22 @@ def test_eager_is_the_operation(prefix, h, w):
     with torch.no_grad(): assert not pair_losses(mlp, grid(t), pairs, t).requires_grad
 
 @kernels
+def test_who_watches_sees_the_operation():
+    "A mode that is told of every operation, and one that runs none of them"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            seen.append(str(f))
+            return f(*args, **(kwargs or {}))
+    mlp,grid,pairs = inputs()
+    for watch,want in ((Names(),True),(None,False)):
+        seen = []
+        with watch or torch.enable_grad(): pair_losses(mlp, grid, pairs).mean().backward()
+        assert ({'vt_drloc.pair_losses.default','vt_drloc.pair_losses_backward.default'}<=set(seen))==want
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode: assert pair_losses(mlp, mode.from_tensor(grid), mode.from_tensor(pairs)).shape==(2,20)
+
+@kernels
 def test_not_twice():
     mlp,grid,pairs = inputs()
     g, = torch.autograd.grad(pair_losses(mlp, grid, pairs).mean(), grid, create_graph=True)

@@ -164,19 +164,18 @@ class FusedWindowAttention(WindowAttention):
 # %% ../nbs/21_speed.ipynb #30f3b9bc
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(x, idx, pos): return x[idx]
-    @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
+    def forward(ctx, x, idx, pos):
+        ctx.save_for_backward(idx, pos)
+        return x[idx]
     @staticmethod
     def backward(ctx, g): return _Put.apply(g, *ctx.saved_tensors),None,None
 
 class _Put(torch.autograd.Function):
     @staticmethod
-    def forward(y, idx, pos):
+    def forward(ctx, y, idx, pos):
+        ctx.save_for_backward(idx, pos)
         kept = (pos>=0).view(-1, *[1]*(y.ndim-1))
         return torch.where(kept, y[pos.clamp_min(0)], torch.zeros((), dtype=y.dtype, device=y.device))
-    @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
     @staticmethod
     def backward(ctx, g): return _Take.apply(g, *ctx.saved_tensors),None,None
 

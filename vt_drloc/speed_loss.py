@@ -11,6 +11,7 @@ __all__ = ['jit', 'can_fuse', 'fits', 'pair_losses']
 from types import SimpleNamespace
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .tokens import to_tokens
 try: import triton, triton.language as tl
 except ImportError: triton,tl = None,SimpleNamespace(constexpr=int)
@@ -261,6 +262,8 @@ class _Eager(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, derror): return _gradients(ctx, derror, back=_back)
 
+def _watched(): return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
 # %% ../nbs/21_speed_loss.ipynb #8997fb19
 def fits(
     mlp:nn.Module, # A localization MLP
@@ -297,4 +300,4 @@ def pair_losses(
     else: _check_tokens(tokens, grid)
     (l1,_,l2),(h,w) = mlp,grid.shape[2:]
     inputs = tokens,pairs.contiguous(),l1.weight,l1.bias,l2.weight,l2.bias,tokens.shape[1]-h*w,h,w,_half(grid)
-    return _losses(*inputs)[0] if torch.compiler.is_compiling() else _Eager.apply(*inputs)
+    return _losses(*inputs)[0] if _watched() else _Eager.apply(*inputs)
