@@ -347,6 +347,20 @@ def test_the_loss_gets_the_tokens_that_a_grid_was_cut_from():
         assert torch.equal(seen[-1][0], adapter.grid(f, (32,32)))
         assert seen[-1][1] is (f if type(adapter) is Adapter and f.ndim==3 else None)
 
+def test_a_step_that_is_not_compiled_hands_them_in_too(monkeypatch):
+    "Plain tensors, whatever the Learner's images are; the grid is cut from them"
+    from vt_drloc.vit import ViT
+    stock,seen = DrlocLoss.forward,[]
+    def forward(self, grid, generator=None, pairs=None, tokens=None):
+        seen.append((grid,tokens))
+        return stock(self, grid, generator, pairs, tokens)
+    monkeypatch.setattr(DrlocLoss, 'forward', forward)
+    learner(drloc(), model=ViT(img_size=8, patch=2, dim=16, depth=1, heads=2, num_classes=3)).fit(1)
+    assert seen and all(type(t) is torch.Tensor and t.shape==(len(g),17,16) and torch.equal(t[:,1:].mT.unflatten(2, (4,4)), g) for g,t in seen)
+    seen.clear()
+    learner(drloc()).fit(1)
+    assert seen and all(t is None for _,t in seen)
+
 def test_a_step_that_dies_leaves_no_autocast():
     "Left open, autocast keeps its copies of the weights, and nothing that is trained afterwards learns"
     class Half(MixedPrecision):
