@@ -71,6 +71,8 @@ def activations(
 # %% ../nbs/18_compare.ipynb #58db83df
 PUBLISHED = dict(swin_t=(28.3,4.5), cvt_13=(20.,4.5), t2t_vit_14=(21.5,4.8), t2t_vit_t_14=(21.5,6.1), resnet50=(25.6,4.1), vit_base_16=(86.,17.6))
 
+_numbers = {'t2t_mini','t2t_vit_14'}    # the performer needs a device that autocast knows
+
 def costs(
     name:str, # Of a network
     num_classes:int=1000, # Outputs
@@ -78,7 +80,7 @@ def costs(
 )->dict: # parameters, multiply-adds and activations by kind, the grid
     "What one network costs, counted"
     size = size or model_info(name).size
-    model = create_model(name, num_classes, img_size=size)
+    with torch.device('cpu' if name in _numbers else 'meta'): model = create_model(name, num_classes, img_size=size)
     m,a = multiply_adds(model, size),activations(model, size)
     with torch.no_grad(): grid = final_grid(model, size)
     return dict(name=name, size=size, params=sum(p.numel() for p in model.parameters()), macs=sum(m.values()), acts=sum(a.values()),
@@ -91,7 +93,7 @@ def final_grid(
     "The final grid for one image of zeros"
     hw = (size,size) if isinstance(size, int) else tuple(size)
     back = as_backbone(model.eval())
-    return back.grid(back.forward_features(torch.zeros(1, 3, *hw)), hw)
+    return back.grid(back.forward_features(torch.zeros(1, 3, *hw, device=next(model.parameters()).device)), hw)
 
 # %% ../nbs/18_compare.ipynb #332209ca
 def reach(
