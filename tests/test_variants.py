@@ -379,7 +379,10 @@ def test_all_has_the_properties_of_its_parts(preset, seed, power):
     low.backward()
     for g,p in zip(grids, pairs):
         touched = g.grad.float().abs().sum(1).flatten(1) > 0
-        assert g.grad.isfinite().all() and [set(r.nonzero().flatten().tolist()) for r in touched] == [set(q.flatten().tolist()) for q in p]
+        assert g.grad.isfinite().all()
+        for r,q in zip(touched, p):
+            got,cells = set(r.nonzero().flatten().tolist()),q.flatten().tolist()
+            assert {c for c in cells if cells.count(c)==1} <= got <= set(cells)    # what two pairs ask of a cell may cancel to the last bit
 
 @pytest.mark.parametrize('variant,preset', both)
 def test_gradient_is_right(variant, preset):
