@@ -71,7 +71,12 @@ def activations(
 # %% ../nbs/18_compare.ipynb #58db83df
 PUBLISHED = dict(swin_t=(28.3,4.5), cvt_13=(20.,4.5), t2t_vit_14=(21.5,4.8), t2t_vit_t_14=(21.5,6.1), resnet50=(25.6,4.1), vit_base_16=(86.,17.6))
 
-_numbers = {'t2t_mini','t2t_vit_14'}    # the performer needs a device that autocast knows
+def _count(name, num_classes, size, device):
+    "Multiply-adds and activations by kind, parameters, the final grid's shape"
+    with torch.device(device): model = create_model(name, num_classes, img_size=size)
+    m,a = multiply_adds(model, size),activations(model, size)
+    with torch.no_grad(): grid = final_grid(model, size)
+    return m,a,sum(p.numel() for p in model.parameters()),tuple(grid.shape[1:])
 
 def costs(
     name:str, # Of a network
@@ -80,11 +85,10 @@ def costs(
 )->dict: # parameters, multiply-adds and activations by kind, the grid
     "What one network costs, counted"
     size = size or model_info(name).size
-    with torch.device('cpu' if name in _numbers else 'meta'): model = create_model(name, num_classes, img_size=size)
-    m,a = multiply_adds(model, size),activations(model, size)
-    with torch.no_grad(): grid = final_grid(model, size)
-    return dict(name=name, size=size, params=sum(p.numel() for p in model.parameters()), macs=sum(m.values()), acts=sum(a.values()),
-        **{f'macs_{k}':v for k,v in m.items()}, **{f'acts_{k}':v for k,v in a.items()}, grid=tuple(grid.shape[1:]))
+    try: m,a,params,grid = _count(name, num_classes, size, 'meta')
+    except RuntimeError: m,a,params,grid = _count(name, num_classes, size, 'cpu')          # it needs numbers, or autocast
+    return dict(name=name, size=size, params=params, macs=sum(m.values()), acts=sum(a.values()),
+        **{f'macs_{k}':v for k,v in m.items()}, **{f'acts_{k}':v for k,v in a.items()}, grid=grid)
 
 def final_grid(
     model:nn.Module, # Of this course or of another library
