@@ -1,5 +1,5 @@
 "How pytest-xdist deals out the tests: files with fixtures for the whole file come first, each to one worker; of all others each test goes to whichever is free"
-import gc
+import gc, sys
 from functools import cache
 from pathlib import Path
 import pytest
@@ -10,7 +10,13 @@ gc.set_threshold(100_000, 50, 1000) # each worker holds all that any file import
 def shares(file): return "scope='module'" in (Path(__file__).parent/file).read_text(encoding='utf-8')
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda o: not shares(o.path.name)) # no long file is left for the end
-def pytest_collection_finish(session): gc.freeze()
+def pytest_collection_finish(session):
+    "einops goes into a compiled graph in one piece: Dynamo traces its Python else, at every call, in over half of a network's compiling. The notebooks compile it traced"
+    if 'torch._dynamo' in sys.modules:
+        import einops, torch
+        torch.compiler.allow_in_graph([einops.rearrange, einops.repeat])
+    gc.freeze()
+
 def pytest_unconfigure(config): gc.unfreeze()      # or Triton complains at the end of what was not collected
 
 @pytest.hookimpl(optionalhook=True)

@@ -181,6 +181,17 @@ def test_is_it_our_speed(second, said, monkeypatch):
     assert text.startswith(said) and ('in epoch 34 where ours does in epoch 32: from 80.00 to 30.00 %' in text)==(second==.3)
     assert page(swin, fakes(), monkeypatch)[0]['doubts_text']()==''
 
+@pytest.mark.parametrize('late,said', [(.8,'**It is the rate, not the batch as such.**'), (.2,'**The rate alone is not the cause.** At half the rate, a peak of 5e-04, the batch of 1,024 breaks down as well, in epoch 35')])
+def test_is_it_the_rate(late, said, monkeypatch):
+    "The same batch at half the rate goes on, and page and summary say so, or it breaks down too"
+    half = next(o for o in read_plan(results/'plans'/'224px_breakdown.txt') if o.name.endswith('half-s0'))
+    rec = record(half)
+    for e in rec['epochs']: e['accuracy'] = .7 if e['epoch']<34 else late
+    space = page(swin, [*falling(fakes()), rec], monkeypatch)[0]
+    assert said in space['doubts_text']() and ('The rate is at fault' in space['short']())==(late==.8)
+    if late==.8: assert '80.00 % at epoch 40' in space['doubts_text']() and '(80.00 % there, 1 seed)' in space['short']()
+    assert 'rate' not in page(swin, [*fakes(), rec], monkeypatch)[0]['short']()      # nothing broke down that needs a reason
+
 @pytest.mark.parametrize('acc,at', [([.3,.5,.6,.3,.3], 3), ([.3,.5,.6,.3,.51], None), ([.3,.6,.2,.6,.2], 4), ([.3,.4,.5], None), ([.5], None)])
 def test_what_a_breakdown_is(full, acc, at):
     "Ten points below the best, for good; who recovers has not broken down"
