@@ -8,7 +8,7 @@ import pytest, torch
 from vt_drloc import bench
 from vt_drloc.bench import *
 from vt_drloc.bench import Released, Rival, _gpu_cases, _in_slots, _noise
-from vt_drloc.models import MODELS, list_models
+from vt_drloc.models import MODELS, create_model, list_models
 
 tiny = dict(section='try', model='demo_cvt', size=32, precision='float32')
 
@@ -358,6 +358,16 @@ def test_a_plan_runs_and_writes(tmp_path):
     assert json.loads((tmp_path/'a.json').read_text())==json.loads(json.dumps(r)) and r['status']=='complete' and len(r['epochs'])==2
     assert r['recipe']['seed']==1 and r['recipe']['drloc']=='paper' and r['epochs'][-1]['drloc']>0
     assert r['seconds']+r['compile_s']==pytest.approx(r['epochs'][-1]['wall_s']) and r['n_valid']==360
+
+def test_a_plan_with_another_network():
+    "Its options change and nothing else, in a process that got them as JSON, and what is no option is named"
+    net = json.loads(json.dumps(SWEEP['stem 96, 192']['net']))
+    r,plain = bench._settings(PLANS['hybrid_m'], net=net, epochs=8).check(),bench._settings(PLANS['hybrid_m'], epochs=8).check()
+    a,b = create_model(r.model, 7),create_model('hybrid_m', 7)
+    assert r.model!='hybrid_m' and asdict(r) | dict(model='hybrid_m', name=plain.name)==asdict(plain)
+    assert [m.stem[0][0].out_channels for m in (a,b)]==[96,64] and len(a.blocks)==len(b.blocks)==6 and a.num_features==b.num_features
+    with pytest.raises(ValueError, match=r"hybrid_m has no option 'stm'; it has .*stem"): bench._settings(PLANS['hybrid_m'], net=dict(stm=3))
+    MODELS.pop(r.model)
 
 def test_plans_are_what_they_say():
     "Peers train without the side task, hybrids with it; each in the time that the goal gives it"

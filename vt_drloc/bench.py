@@ -14,7 +14,7 @@ __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SW
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, select, subprocess, sys, tempfile, time
-from dataclasses import dataclass, field, asdict
+from dataclasses import dataclass, field, asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -22,7 +22,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .models import MODELS, Entry, create_model, list_models
+from .models import MODELS, Entry, create_model, list_models, model_info
 from .loss import DrlocLoss
 from .pairs import sample_pairs
 from .hybrid import as_backbone
@@ -748,11 +748,19 @@ def _join(name):
     except ImportError as e: raise ImportError(f"{name} needs a package that is not here ({e}): pip install vit-pytorch timm") from e
     MODELS[name] = Entry(PEERS[name], _NoOptions, 'measured beside ours', size=32, multiple=4)
 
-def _settings(plan, **changes):
-    "The plan's `Recipe`"
+def _with(model, net):
+    "Put a network with other options into the registry; its name there"
+    e,name = model_info(model),'-'.join([model, *(f'{k}{v}' for k,v in net.items())])
+    if unknown := set(net)-set(e.options): raise ValueError(f"net={net}: {model} has no option {min(unknown)!r}; it has {', '.join(e.options)}")
+    MODELS[name] = replace(e, make=partial(e.make, **net))
+    MODELS[name].make.__name__ = name
+    return name
+
+def _settings(plan, net=None, **changes):
+    "The plan's `Recipe`, with other options of its network if there are any"
     from vt_drloc.train import Recipe
     if plan.model in PEERS: _join(plan.model)
-    return Recipe(model=plan.model, **{**quick, **plan.recipe, **changes})
+    return Recipe(model=_with(plan.model, net) if net else plan.model, **{**quick, **plan.recipe, **changes})
 
 # %% ../nbs/22_bench.ipynb #2cfee426
 def _clock(rec, file, device):
@@ -811,7 +819,7 @@ def run_plan(
     path:str='', # Of the data, if not in its usual place
     file=None, # Record to write
     epochs:int=0, # 0: as many as fit into the plan's minutes
-    **changes, # Settings of the recipe to change
+    **changes, # Settings of the recipe to change; `net`: options of the network
 )->dict: # the record
     "Train a plan, judge it after each epoch, write down time and accuracy"
     from vt_drloc.train import circumstances
@@ -827,6 +835,7 @@ def run_plan(
 SWEEP = {'as planned':{}, 'lr 5e-4':dict(lr=5e-4), 'lr 2e-3':dict(lr=2e-3), 'lr 3e-3':dict(lr=3e-3), 'wd 0.02':dict(wd=.02), 'wd 0.15':dict(wd=.15),
          'warmup 3':dict(warmup=3), 'tfms paper':dict(tfms='paper'), 'tfms light':dict(tfms='light'), 'no mixing':dict(mix=False),
          'drop path 0.1':dict(drop_path=.1), 'batch 256':dict(bs=256), 'side task 0.5':dict(lambda_drloc=.5), 'no side task':dict(drloc='none')}
+SWEEP |= {n: dict(net=o) for n,o in {'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'stem 96, 192':dict(stem=(96,192))}.items()}
 
 # %% ../nbs/22_bench.ipynb #2d074ac3
 def _in_slots(jobs, slots, say):
