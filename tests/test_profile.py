@@ -213,14 +213,15 @@ def test_limits_of_a_cpu():
 
 def test_share_of_the_limit_by_hand():
     groups = dict.fromkeys(GROUPS, 0.)|{'matrix products':.2,'attention':.05,'copies':.1}
-    rec = dict(limits=dict(flop_per_s=1e12), rows=[dict(name='broken', error='no memory'), dict(name='a', flop=1e11, wall_s=.5, idle_s=.1, groups=groups, starts=9, peak_bytes=None)])
-    [r] = limit_table(rec)
+    rows = [dict(name=p, precision=p, flop=1e11, wall_s=.5, idle_s=.1, groups=groups, starts=9, peak_bytes=None) for p in ('bf16','float32')]
+    r,other = limit_table(dict(limits=dict(flop_per_s=1e12, dtype='bfloat16'), rows=[dict(name='broken', error='no memory'), *rows]))
     assert (r['limit_s'],r['share'],r['share_products'],r['busy'])==pytest.approx((.1,.2,.4,.8))
+    assert other['limit_s'] is other['share'] is other['share_products'] is None and other['busy']==pytest.approx(.8)     # its limit was not measured
 
 @pytest.mark.parametrize('more,known', [({}, True), (dict(mode='reduce-overhead'), False), (dict(mode='reduce-overhead', peak_of='held'), True)])
 def test_memory_of_a_graph_counts_only_if_it_was_looked_for(more, known):
-    row = dict(name='a', flop=1, wall_s=1., idle_s=0., groups=dict.fromkeys(GROUPS, 1.), starts=1, peak_bytes=5, **more)
-    assert [r['peak_bytes'] for r in limit_table(dict(limits=dict(flop_per_s=1.), rows=[row]))]==[5 if known else None]
+    row = dict(name='a', precision='bf16', flop=1, wall_s=1., idle_s=0., groups=dict.fromkeys(GROUPS, 1.), starts=1, peak_bytes=5, **more)
+    assert [r['peak_bytes'] for r in limit_table(dict(limits=dict(flop_per_s=1., dtype='bfloat16'), rows=[row]))]==[5 if known else None]
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_memory_on_a_gpu_counts_what_graphs_keep():

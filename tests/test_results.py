@@ -156,21 +156,22 @@ def test_a_breakdown_is_found(monkeypatch):
 
 def test_the_task_that_keeps_a_run_from_breaking(full, monkeypatch):
     "Points before the breakdown and at the end; nothing of it where nobody breaks down, or both do"
-    assert full[0]['kept_text']().endswith('(one seed, no verdict).') and 'kept the run' not in full[0]['advice']()
+    assert full[0]['kept_text']().endswith('(one seed, no verdict).') and 'did not break down' not in full[0]['advice']()
     recs = falling(fakes())
     tasked = next(r for r in recs if r['recipe']['bs']==1024 and r['recipe']['drloc']=='released')
     for e in tasked['epochs']: e.update({'lambda': .5-e['epoch']/1000, 'accuracy': .5 if e['epoch']<31 else .8, 'grad_norm_max': 4.})
+    alone = next(r for r in recs if r['recipe']['bs']==1024 and r['recipe']['epochs']==101 and r['recipe']['drloc']=='none')
+    alone['epochs'][25]['accuracy'] = .48                                       # it is past its best when it breaks down
     space,_ = page(swin, recs, monkeypatch)
-    before = 100*next(r for r in recs if r['recipe']['bs']==1024 and r['recipe']['epochs']==101 and r['recipe']['drloc']=='none')['epochs'][30]['accuracy']
     said = space['kept_text']()
-    assert 'ends at **80.00 %**, 3.89 points below' in said and 'its gain is 60.00 points, where the paper has 24.42' in said and f'it had {before:.2f} % and the other 50.00 %' in said
-    assert 'with the task is 4.0 long, without it 700' in said and 'weight was 0.47 in that epoch, and 0.40 at the end' in said and f'So {50-before:.2f} of the 60.00 points' in said
-    assert '20.00 into 80.00 %, by +60.00 points (*no verdict*, 1 seed). It kept the run' in space['advice']() and 'ends at **80.00 %** (1 seed), where the paper has 83.89' in space['short']()
+    assert 'ends at **80.00 %**, 3.89 points below' in said and 'its gain is 60.00 points, where the paper has 24.42' in said and "best until then was 48.00 %, the other's 50.00 %" in said
+    assert 'with the task is 4.0 long, without it 700' in said and 'weight was 0.47 in that epoch, and 0.40 at the end' in said and 'So 2.00 of the 60.00 points' in said
+    assert '20.00 into 80.00 %, by +60.00 points (*no verdict*, 1 seed). The run with it did not' in space['advice']() and 'ends at **80.00 %** (1 seed), where the paper has 83.89' in space['short']()
     for e in tasked['epochs'][50:]: e['accuracy'] = .3
     space,_ = page(swin, recs, monkeypatch)
-    assert 'one over one that breaks' not in space['kept_text']() and 'kept the run' not in space['advice']()
+    assert 'one over one that breaks' not in space['kept_text']() and 'run with it did not' not in space['advice']()
 
-@pytest.mark.parametrize('second,said', [(.3,'**Our speed is not the cause.**'), (.9,'**Our speed may be the cause.**')])
+@pytest.mark.parametrize('second,said', [(.3,'**The fast code is not what it takes.**'), (.9,'**The fast code may be the cause.**')])
 def test_is_it_our_speed(second, said, monkeypatch):
     "The plain run breaks down as well, or goes on"
     plain = read_plan(results/'plans'/'224px_breakdown.txt')[0]
@@ -181,14 +182,14 @@ def test_is_it_our_speed(second, said, monkeypatch):
     assert text.startswith(said) and ('in epoch 34 where ours does in epoch 32: from 80.00 to 30.00 %' in text)==(second==.3)
     assert page(swin, fakes(), monkeypatch)[0]['doubts_text']()==''
 
-@pytest.mark.parametrize('late,said', [(.8,'**It is the rate, not the batch as such.**'), (.2,'**The rate alone is not the cause.** At half the rate, a peak of 5e-04, the batch of 1,024 breaks down as well, in epoch 35')])
+@pytest.mark.parametrize('late,said', [(.8,'**The rate, rather than the batch as such.**'), (.2,'**The rate alone is not the cause.** At half the rate, a peak of 5e-04, the batch of 1,024 breaks down as well, in epoch 35')])
 def test_is_it_the_rate(late, said, monkeypatch):
     "The same batch at half the rate goes on, and page and summary say so, or it breaks down too"
     half = next(o for o in read_plan(results/'plans'/'224px_breakdown.txt') if o.name.endswith('half-s0'))
     rec = record(half)
     for e in rec['epochs']: e['accuracy'] = .7 if e['epoch']<34 else late
     space = page(swin, [*falling(fakes()), rec], monkeypatch)[0]
-    assert said in space['doubts_text']() and ('The rate is at fault' in space['short']())==(late==.8)
+    assert said in space['doubts_text']() and ('speaks for the rate as the cause' in space['short']())==(late==.8)
     if late==.8: assert '80.00 % at epoch 40' in space['doubts_text']() and '(80.00 % there, 1 seed)' in space['short']()
     assert 'rate' not in page(swin, [*fakes(), rec], monkeypatch)[0]['short']()      # nothing broke down that needs a reason
 

@@ -128,7 +128,7 @@ def plot_stats(
     "By block: how far, how sharply, and the say of the image; a dot a head, a line through their means"
     import matplotlib.pyplot as plt
     from vt_drloc.plots import PALETTE
-    axs = plt.subplots(1, 3, figsize=(9, 3.2), layout='constrained')[1]
+    axs = plt.subplots(1, 3, figsize=(7.1, 2.9), layout='constrained')[1]
     words = dict(distance='distance (cells)', entropy='entropy (1: all alike)', image='say of the image')
     for ax,(what,label) in zip(axs, words.items()):
         for i,(name,s) in enumerate(stats.items()):

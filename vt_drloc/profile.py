@@ -228,14 +228,19 @@ TRY = [Case('profile', m, model=m, batch=4, size=32, precision='float32', arms=(
 def limit_table(
     rec:dict, # With `rows` and `limits`
 )->list: # One dict a case: seconds at the limit, shares
-    "How far each case is from what the chip reaches in a matrix product"
+    "How far each case is from what the chip reaches in a matrix product of its precision; `None` where that was not measured"
     res = []
     for r in rec['rows']:
         if 'error' in r: continue
         least,products = r['flop']/rec['limits']['flop_per_s'],sum(r['groups'][g] for g in ('matrix products','attention','convolution'))
-        res.append(dict(name=r['name'], flop=r['flop'], limit_s=least, wall_s=r['wall_s'], share=least/r['wall_s'], share_products=least/products, busy=1-r['idle_s']/r['wall_s'],
-                        starts=r['starts'], peak_bytes=_peak_of(r)))
+        shares = dict(limit_s=least, share=least/r['wall_s'], share_products=least/products)
+        if not _same_precision(r, rec['limits']): shares = dict.fromkeys(shares)
+        res.append(dict(name=r['name'], flop=r['flop'], wall_s=r['wall_s'], **shares, busy=1-r['idle_s']/r['wall_s'], starts=r['starts'], peak_bytes=_peak_of(r)))
     return res
+
+def _same_precision(r, limits):
+    "A chip has another limit for each precision"
+    return dict(bf16='bfloat16', fp16='float16').get(r['precision'], r['precision'])==limits['dtype']
 
 def _peak_of(r):
     "A record that read a CUDA graph's memory like any other does not know it"
