@@ -268,3 +268,26 @@ def test_small_networks_are_those_of_their_page(monkeypatch):
         both = a.keys() & b.keys()
         assert row.gain == (f'{np.mean([b[s]-a[s] for s in both]):.2f}' if both else '') and row.seeds == (str(len(both)) if both else '')
     assert len(small)==6
+
+
+# ---- what is stored
+
+@pytest.mark.parametrize('where', ['results/02_small_32px','results/03_swin_t_224px','results/table','results/claims','explain/paper_map','index'])
+def test_stored_text_is_that_of_the_records(where, monkeypatch):
+    "A record that is added, and a page that was not run again, do not go together"
+    monkeypatch.chdir((results.parent/where).parent)
+    space,seen = {},0
+    for c in json.loads(Path(f'{Path(where).name}.ipynb').read_text(encoding='utf-8'))['cells']:
+        src = ''.join(c['source'])
+        if c['cell_type']!='code' or 'COLAB_RELEASE_TAG' in src or src.startswith(('#| data','#| slow','#| cuda')): continue
+        tree = ast.parse(src)
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) and not src.endswith(';') else None
+        exec(compile(tree, c['id'], 'exec'), space)
+        value = eval(compile(last, c['id'], 'eval'), space) if last else None
+        kind = 'text/markdown' if type(value).__name__=='Markdown' and value.data else 'text/html' if hasattr(value, '_repr_html_') else None
+        stored = [''.join(o['data'][kind]) for o in c.get('outputs', []) if kind in o.get('data', {})]
+        if not kind: continue
+        words = (lambda t: re.findall(r'>([^<>\n]+)<', t)) if kind=='text/html' else str
+        assert stored and words(stored[-1])==words(value.data if kind=='text/markdown' else value._repr_html_()), f"{where}, cell {c['id']}: run the page again"
+        seen += 1
+    assert seen
