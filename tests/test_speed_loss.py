@@ -16,6 +16,10 @@ gpu = pytest.mark.skipif(device=='cpu', reason='needs a GPU')
 kernels = pytest.mark.skipif(not can_fuse(torch.zeros(1, device=device)), reason='needs Triton, and without a GPU TRITON_INTERPRET=1 before anything imports it, as make test does')
 far = lambda a,b: ((a.double()-b.double()).norm()/b.double().norm()).item()
 
+def in_turn(cases, last, row):
+    "Each case with one of two last values, so that every pair of values meets; `row` cases share their first value"
+    return [(*c, last[(i//row+i%row)%2]) for i,c in enumerate(cases)]
+
 def inputs(B=2, D=16, h=4, w=5, m=20, hidden=32, dtype=torch.float32):
     "Grid as a backbone hands it out (a permuted view), MLP, pairs"
     torch.manual_seed(0)
@@ -68,9 +72,7 @@ def test_tokens_behind_a_class_token(h, w, prefix):
     for k in (0,2,3,4,5): assert torch.equal(got[k], want[k])
 
 @kernels
-@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16])
-@pytest.mark.parametrize('h,w', [(3,3),(6,6),(8,8),(14,5)])
-@pytest.mark.parametrize('prefix', [0,1,2,5])
+@pytest.mark.parametrize('prefix,h,w,dtype', in_turn([(p,*g) for p in (0,1,2,5) for g in ((3,3),(6,6),(8,8),(14,5))], [torch.float32,torch.bfloat16], 4))
 def test_tokens_handed_in_are_chapter_6(prefix, h, w, dtype):
     "The gradient has the tokens' shape and precision, and is zero where no cell is; not even a NaN there reaches a sum"
     mlp,tokens,pairs,grid = behind(prefix, h, w, dtype=dtype, m=64 if h==8 else 20)
@@ -83,12 +85,10 @@ def test_tokens_handed_in_are_chapter_6(prefix, h, w, dtype):
         else: assert far(a, c) < (1e-6 if dtype==torch.float32 else 1e-2)
 
 @kernels
-@pytest.mark.parametrize('h,w', [(3,3),(6,6)])
-@pytest.mark.parametrize('lie', ['as channels','among others','each second'])
-@pytest.mark.parametrize('prefix', [0,1,2])
-def test_tokens_wherever_they_lie(prefix, lie, h, w):
+@pytest.mark.parametrize('prefix,lie,side', in_turn([(p,l) for p in (0,1,2) for l in ('as channels','among others','each second')], [3,6], 3))
+def test_tokens_wherever_they_lie(prefix, lie, side):
     "Channels first in memory, a part of more tokens, a part of more features: read in place, their gradient is that of a copy"
-    mlp,tokens,pairs,grid = behind(prefix, h, w)
+    mlp,tokens,pairs,grid = behind(prefix, side, side)
     t = tokens.detach()
     t = dict(zip(('as channels','among others','each second'), (t.mT.contiguous().mT, torch.cat([t[:,:1],t,t[:,:3]], 1)[:,1:-3], t.repeat_interleave(2, 2)[...,::2])))[lie]
     assert not t.is_contiguous() and torch.equal(t.nan_to_num(), tokens.nan_to_num())
@@ -222,9 +222,7 @@ def test_a_pair_outside_the_grid_is_seen(bad, h):
     assert g.isfinite().all()
 
 @kernels
-@pytest.mark.parametrize('h', [4,8])
-@pytest.mark.parametrize('prefix', [0,1,2])
-@pytest.mark.parametrize('bad', [-1,-2,None])
+@pytest.mark.parametrize('bad,prefix,h', in_turn([(b,p) for b in (-1,-2,None) for p in (0,1,2)], [4,8], 3))
 def test_a_pair_outside_the_grid_of_tokens(bad, prefix, h):
     "NaN where it is; a cell -1 is not the class token, which stays without a gradient"
     mlp,tokens,pairs,grid = behind(prefix, h, 5, B=2)

@@ -105,7 +105,7 @@ def check_gradients(pair, package, H, W, dtype):
 @pytest.mark.parametrize('package', ['torchvision','timm'])
 def test_exact_at_224(pairs, package, dtype):
     check_forward(pairs[package], 224, 224, dtype)
-    check_gradients(pairs[package], package, 224, 224, dtype)
+    if dtype==torch.double: check_gradients(pairs[package], package, 224, 224, dtype)       # to 1e-10; below, rounding would hide what it finds
 
 @pytest.mark.parametrize('package', ['torchvision','timm'])
 @pytest.mark.parametrize('H,W', [(224,448),(448,448)])

@@ -445,8 +445,8 @@ def test_no_constant_beats_the_best(variant, preset, h, w, identical):
     torch.manual_seed(0)
     answer = (.1*torch.randn(perfect(fam, pairs[:,:1], h, w).shape[-1])).double().requires_grad_()
     opt = torch.optim.Adam([answer], lr=.1)
-    sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 400)
-    for _ in range(400):
+    sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 250)
+    for _ in range(250):
         loss = fam.per_image(answer.expand(*pairs.shape[:2], -1), pairs, h, w).mean()
         assert loss.item() > best.loss - 1e-9
         opt.zero_grad(); loss.backward(); opt.step(); sched.step()
