@@ -417,6 +417,24 @@ def test_pages_without_records():
     for plot in (plot_accuracy, plot_learning): assert 'no complete runs' in plot(runs)[0].texts[0].get_text()
     plot_gains(runs, show=[('cifar10','swin_mini')])
 
+@pytest.mark.parametrize('plot', [plot_gains, plot_accuracy, plot_learning])
+def test_a_figure_takes_one_setting_of_a_network(plot):
+    "Two are refused by what they differ in, with a query that chooses; what a figure does not show does not matter"
+    less = three((3.,3.1,2.9), share=.1, warmup=5)
+    runs = runs_table(three()+less)
+    with pytest.raises(ValueError, match=r'swin_mini on cifar10 has runs of 2 settings, .*share=1.0, warmup=20; share=0.1, warmup=5\. .*runs.query\("share==1.0 and warmup==20"\)'): plot(runs)
+    plot(runs.query('share==1.0 and warmup==20'))
+    plot(runs_table(three() + [r for r in less if r['recipe']['drloc']=='none']).query('share==1.0'))
+
+def test_gains_of_the_setting_that_is_asked_for():
+    recs = three()+three((3.,3.1,2.9), share=.1)+three((.5,.5,.6), model='t2t_mini')
+    for share,gain in ((1.,1.),(.1,3.)):
+        ax = plot_gains(runs_table(recs).query(f'share=={share}'), show=[('cifar10','swin_mini')])
+        assert np.mean(ax.lines[2].get_xdata()) == pytest.approx(gain, abs=.01)
+    plot_gains(runs_table(recs), show=[['cifar10','t2t_mini']])       # the other network's two settings are not in it
+    with pytest.raises(ValueError, match='2 settings'): plot_gains(runs_table(recs), show=[('cifar10','swin_mini')])
+    with pytest.raises(ValueError, match='3 settings.*share=0.01'): plot_gains(runs_table(read_records()), show=[('cifar10','swin_mini')])
+
 # --- claims
 
 def said(recs): return claims_table(runs_table(recs)).set_index('claim').verdict

@@ -577,6 +577,15 @@ def family(model)->str:
     "Which of the paper's networks a network is a version of"
     return model.split('_')[0]
 
+# %% ../nbs/23_evidence.ipynb #5e1d001b
+def _one_setting(settings):
+    "Refuse two settings of one network and data set, which a figure would show as one"
+    for (data,model),g in pd.DataFrame(settings, columns=SETTING).drop_duplicates().groupby(['data','model'], sort=False):
+        if len(g)==1: continue
+        each = g[[k for k in SETTING if g[k].nunique(dropna=False) > 1]].to_dict('records')
+        say,ask = '; '.join(', '.join(f'{k}={v!r}' for k,v in o.items()) for o in each),' and '.join(f'{k}=={v!r}' for k,v in each[0].items())
+        raise ValueError(f'{model} on {data} has runs of {len(g)} settings, and one row or panel: {say}. Choose by a query, such as runs.query("{ask}")')
+
 # %% ../nbs/23_evidence.ipynb #5e1d0015
 def plot_gains(
     runs:pd.DataFrame, # from `runs_table`
@@ -587,7 +596,9 @@ def plot_gains(
     "Gain of every seed, mean and interval, beside the paper's and others'"
     import matplotlib.pyplot as plt
     from vt_drloc.plots import PALETTE
-    gs = {(k[0],k[1]): g for k,g in contrast(runs, a, b).items()}
+    found = {k: g for k,g in contrast(runs, a, b).items() if not show or k[:2] in {*map(tuple, show)}}
+    _one_setting([*found])
+    gs = {k[:2]: g for k,g in found.items()}
     rows,blue = show or list(gs),PALETTE['blue']
     fig,ax = plt.subplots(figsize=(7, 1.6+.45*len(rows)), layout='constrained')
     marks = dict(ours=dict(marker='o', color=blue, ms=5), others=dict(marker='s', color=PALETTE['grey'], ms=6), paper=dict(marker='D', mfc='none', mec=PALETTE['orange'], ms=7))
@@ -622,7 +633,8 @@ def plot_accuracy(
     arms=('without','with L_drloc') # arms to show
 ):
     "Last-epoch accuracy: every seed a dot, the mean a line"
-    ok = runs[(runs.status=='complete') & runs.arm.isin(arms)]
+    ok = _complete(runs, *arms)
+    _one_setting(ok[SETTING])
     groups = list(ok.groupby(['data','model'], sort=False))
     axs = _panels(len(groups), 2.6, 3)
     for ax,((data,model),g) in zip(axs, groups):
@@ -641,7 +653,9 @@ def plot_learning(
 ):
     "Accuracy by epoch, a panel for each data set and network; every seed thin, their mean thick"
     from vt_drloc.plots import plot_curves
-    groups = list(runs[runs.arm.isin(arms) & (runs.done > 0)].groupby(['data','model'], sort=False))
+    begun = runs[runs.arm.isin(arms) & (runs.done > 0)]
+    _one_setting(begun[SETTING])
+    groups = list(begun.groupby(['data','model'], sort=False))
     axs = _panels(len(groups), 4, 3)
     for ax,((data,model),g) in zip(axs, groups):
         plot_curves({o: [[100*e['accuracy'] for e in r['epochs']] for r in g[g.arm==o].rec] for o in arms if (g.arm==o).any()}, 'test accuracy (%)', ax=ax)
