@@ -66,10 +66,15 @@ def test_committed_plans():
         assert 3*steps >= 100*(50_000//512) and r.recipe.warmup == r.recipe.epochs/5
 
 @pytest.mark.parametrize('line,why', [('python train.py', 'vt_drloc_train'), ('vt_drloc_train --model swin_minni', 'swin_mini'), ('vt_drloc_train --epochs 0', 'epochs=0'),
-                                      ('vt_drloc_train --colour red', 'colour'), ('vt_drloc_train\nvt_drloc_train --lr 1e-3', 'line 2: .*--name')])
+                                      ('vt_drloc_train --colour red', 'colour'), ('vt_drloc_train --no-mi', 'line 1: .*--no-mi'), ('vt_drloc_train --epoch 3', '--epoch'), ('vt_drloc_train\nvt_drloc_train --lr 1e-3', 'line 2: .*--name')])
 def test_a_bad_line_is_named(tmp_path, line, why):
     (tmp_path/'p.txt').write_text(line)
     with pytest.raises(ValueError, match=why): read_plan(tmp_path/'p.txt')
+
+@pytest.mark.parametrize('words,mix', [('', True), (' --no-mix', False), (' --name=--no-mix', True)])
+def test_mixing_is_what_the_parser_says(tmp_path, words, mix):
+    (tmp_path/'p.txt').write_text('vt_drloc_train' + words)
+    assert read_plan(tmp_path/'p.txt')[0].recipe.mix is mix
 
 # --- the runner, with runs that are nothing but a few lines of Python
 
@@ -218,9 +223,9 @@ def test_console(tmp_path):
     res = subprocess.run(cmd, env=env, capture_output=True, text=True)
     assert res.returncode == 1 and 'line 1' in res.stderr and 'Traceback' not in res.stderr
     with pytest.raises(SystemExit, match='--plan'): main()
-    with pytest.raises(SystemExit, match='beside=0'):
-        (tmp_path/'p.txt').write_text('# nothing')
-        main(plan=str(tmp_path/'p.txt'), gpus=0, beside=0)
+    (tmp_path/'p.txt').write_text('vt_drloc_train --data digits')
+    for kw,why in ((dict(gpus=-1), 'gpus=-1: .*0 for the CPU'), (dict(gpus=0, beside=0), 'beside=0: at least one'), (dict(gpus=0, minutes=0), 'minutes=0: must be above 0; leave it out'), (dict(gpus=0, minutes=-1.), 'minutes=-1.0'), (dict(gpus=0, minutes=float('nan')), 'minutes=nan')):
+        with pytest.raises(SystemExit, match=why): main(plan=str(tmp_path/'p.txt'), out=str(tmp_path/'o'), **kw)
 
 # --- tables, on records whose answers are known
 

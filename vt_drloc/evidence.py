@@ -76,13 +76,13 @@ class Run:
 def _parser():
     parser = anno_parser(train_main.__wrapped__, prog='vt_drloc_train')
     def error(message): raise ValueError(message)
-    parser.error = error
+    parser.error,parser.allow_abbrev = error,False
     return parser
 
 def _recipe(args):
     "The recipe that arguments of `vt_drloc_train` mean"
-    kw = {k: v for k,v in vars(_parser().parse_args(args)).items() if k in Recipe.__dataclass_fields__ and v is not None}
-    return Recipe(**kw, mix='--no-mix' not in args)
+    said = vars(_parser().parse_args(args))
+    return Recipe(**{k: v for k,v in said.items() if k in Recipe.__dataclass_fields__ and v is not None}, mix=not said['no_mix'])
 
 def read_plan(
     file # a text file; lines with `#` in front are comments
@@ -116,7 +116,9 @@ class Runner:
         every:float=60, # seconds between two lines of progress
         poll:float=1. # seconds between two looks at the runs
     ):
+        if gpus < 0: raise ValueError(f"gpus={gpus}: how many GPUs, or 0 for the CPU")
         if beside < 1: raise ValueError(f"beside={beside}: at least one run at a time")
+        if minutes is not None and not minutes > 0: raise ValueError(f"minutes={minutes}: must be above 0; leave it out for no limit")
         store_attr()
         self.out,self.start = Path(out),time.monotonic()
         ids = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus)))).split(',')
