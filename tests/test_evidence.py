@@ -483,6 +483,13 @@ def test_claim_of_cost():
     def cost(more): return said([rec(s, a, epoch_s=t) for s in range(3) for a,t in (('none',1.),('paper',more+s/1000))])['The side task costs next to nothing']
     assert (cost(1.02),cost(1.10),cost(1.049)) == ('holds','does not','undecided')
 
+def test_the_rule_of_cost_as_it_is_written():
+    "No band around 5 %: intervals of a tenth of a percent above and below it are verdicts, and one with 5 % inside is open, however narrow"
+    def cost(*more): return said([rec(s, a, epoch_s=t) for s,m in enumerate(more) for a,t in (('none',1.),('paper',1+m/100))])['The side task costs next to nothing']
+    assert (cost(4.9,4.91,4.89), cost(5.1,5.11,5.09), cost(4.99,5.01,5.)) == ('holds','does not','undecided')
+    cells = {c['id']: ''.join(c['source']) for c in json.loads((root/'nbs/23_evidence.ipynb').read_text(encoding='utf-8'))['cells']}
+    assert 'is undecided when 5 % is inside' in cells['32cad671'] and 'times' not in cells['32cad671']
+
 def test_claims_have_a_place_and_a_page():
     for claim,source,judge,page in CLAIMS:
         assert source in ('text','implied') or 'Table' in source
