@@ -249,6 +249,22 @@ def test_in_part_is_what_the_rules_say(monkeypatch):
     words = [''.join(c['source']) for f in (results/'claims.ipynb', results.parent/'23_evidence.ipynb') for c in json.loads(f.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown' and 'n part*' in ''.join(c['source'])]
     assert len([w for w in words if 'holds for some' in w and 'be they undecided or against it' in w]) == 2 and not any('disagree' in w for w in words)
 
+def test_cost_counts_every_record_of_the_benchmark(monkeypatch):
+    "All committed blocks of steps of the three networks at 224 pixels on a GPU, compiled and eager, each by the same rule; what a cheap step is needs no seeds"
+    space,shown = page('claims', [], monkeypatch)
+    steps,want = space['steps'],{}
+    for f in (results/'bench').glob('*.json'):
+        o = json.loads(f.read_text())
+        if not str(o.get('section')).startswith('side') or not o['circumstances']['device'].startswith('NVIDIA'): continue
+        times = {(r['name'],r['arm']): r['block_s'] for r in o['rows']}
+        for (name,arm),with_ in times.items():
+            if arm.endswith(' side') and name.split(',')[0] in ('swin_t','t2t_vit_14','cvt_13_gap'): want[o['section'], f'{name}, {arm.split()[0]}: with / without'] = len(with_)
+    assert {(r.section,r.goal): r.blocks for r in steps.itertuples()} == want and len(want) >= 9 and {'side','side_eager','side512','side512_t2t','side512_cvt'} <= {s for s,_ in want}
+    assert [*steps.verdict] == ['holds' if h <= 1.05 else 'does not' if l > 1.05 else 'undecided' for l,h in zip(steps.low, steps.high)]
+    cost = space['claims'].set_index('claim').loc['The side task costs next to nothing']
+    assert cost.rests == ', '.join(f'{v}: {n}' for v in ('holds','does not','undecided') if (n := (steps.verdict==v).sum()))
+    assert any('blocks of steps' in ''.join(c['source']) and 'three seeds' in ''.join(c['source']) for c in claims['cells'])
+
 def test_how_many_gains_hold_by_luck(monkeypatch):
     "Two of three have three seeds: 1-0.975^2 is 4.9 %; none without runs; and of the committed as many as have a verdict"
     recs = three_of((1.,1.1,.9)) + three_of((3.,-3.,1.), 't2t_vit_14') + [r for r in three_of((1.,1.,1.), 'cvt_13_gap') if r['recipe']['seed']]
