@@ -297,6 +297,31 @@ def test_main_table_takes_its_protocol_alone(monkeypatch):
     assert at('CIFAR-100','CvT-13').tolist() == ['70.50','72.25','1.75','','2','no verdict'] and at('CIFAR-10','T2T-ViT-14').tolist() == ['80.00','not run yet','','','','']
     assert 'not run yet' in at('CIFAR-100','Swin-T').tolist()
 
+def test_what_stands_beside_a_gain_is_what_it_is_made_of(monkeypatch):
+    "A second seed without its partner: in words and as a dot, not in the row and not in the arrow"
+    recs = table3('swin_t', 'cifar10', [80.,78.], 'none') + table3('swin_t', 'cifar10', [85.], 'paper') + table3('cvt_13_gap', 'cifar100', [70.], 'none')
+    drawn = []
+    monkeypatch.setattr('matplotlib.axes.Axes.annotate', lambda self, text, xy, xytext, **kw: drawn.append((self.get_title() or len(drawn), xytext[0], xy[0])))
+    space,shown = page('table', recs, monkeypatch)
+    at = lambda data,net: space['table'].loc[(data,net,'●\xa0ours')].tolist()
+    assert at('CIFAR-10','Swin-T')[:3] == ['80.00','85.00','5.00'] and at('CIFAR-10','Swin-T')[4] == '1' and at('CIFAR-100','CvT-13')[:3] == ['70.00','not\xa0run\xa0yet','']
+    assert text(shown['b7000019']) == '- swin_t on CIFAR-10, without: 2 runs, mean 79.00 %, of which 1 paired\n- cvt_13_gap on CIFAR-100, without: 1 run, mean 70.00 %, of which none paired'
+    arrows = [(a,b) for _,a,b in drawn]
+    assert (80.,85.) in arrows and (79.,85.) not in arrows and len(arrows) == len(PAPER)+1+1 and all(p in arrows for p in PAPER.values())
+    assert text(page('table', fakes(), monkeypatch)[1]['b7000019'])=='*None.*'
+
+def test_rows_add_up_with_the_committed_records(monkeypatch):
+    "With minus without is the gain, but for rounding, in every row of ours and of the paper"
+    t = page('table', read_records(), monkeypatch)[0]['table']
+    for _,r in t[t.gain!=''].iterrows(): assert float(r['with'])-float(r.without) == pytest.approx(float(r.gain), abs=.0151)
+
+def test_other_starts_are_not_in_the_main_table(monkeypatch):
+    "Public weights or held-out images: no row; two settings in one row: refused"
+    base = table3('swin_t', 'cifar10', [80.], 'none') + table3('swin_t', 'cifar10', [85.], 'paper')
+    def but(**kw): return [r | dict(recipe=r['recipe'] | kw) for r in base]
+    for kw in (dict(pretrained='imagenet'), dict(heldout=5000), dict(wd=.1)): assert len(page('table', base+but(**kw), monkeypatch)[0]['ours']) == 2
+    with pytest.raises(ValueError, match='2 settings of swin_t on cifar10'): page('table', base+but(drop_path=.1), monkeypatch)
+
 def test_small_networks_are_those_of_their_page(monkeypatch):
     "With the committed records: the gains of the two plans at 32 pixels"
     recs = read_records()
