@@ -42,7 +42,7 @@ def table3(model, data, ends, drloc):
 
 def record_of(model, data, drloc, seed, last):
     rec = record(read_plan(plan)[0])
-    return rec | dict(recipe=rec['recipe'] | dict(model=model, data=data, drloc=drloc, lambda_drloc=None if drloc=='none' else .1, seed=seed), data=rec['data'] | dict(name=data), epochs=[*rec['epochs'][:-1], rec['epochs'][-1] | dict(accuracy=last/100)])
+    return rec | dict(recipe=rec['recipe'] | dict(model=model, data=data, drloc=drloc, lambda_drloc=None if drloc=='none' else .5 if model=='swin_t' else .1, seed=seed), data=rec['data'] | dict(name=data), epochs=[*rec['epochs'][:-1], rec['epochs'][-1] | dict(accuracy=last/100)])
 
 def page(name, recs, monkeypatch):
     "Runs the page's cells on these records; names of the page, and what each cell shows by its id"
@@ -235,6 +235,49 @@ def test_advice_follows_the_verdict(monkeypatch, gain, said):
     assert said in page(swin, fakes(lambda r: r.bs==512 and r.epochs==100), monkeypatch)[0]['advice']()
 
 
+# ---- the claims
+
+claims = json.loads((results/'claims.ipynb').read_text(encoding='utf-8'))
+
+def three_of(gains, model='swin_t', data='cifar10'):
+    "Three seeds of both arms of a network for each set of gains"
+    return table3(model, data, [80.]*3, 'none') + table3(model, data, [80.+g for g in gains], 'paper')
+
+def test_in_part_is_what_the_rules_say(monkeypatch):
+    "One network for and one undecided is *in part* too; page and chapter say so in the same words"
+    table = page('claims', three_of((1.,1.1,.9)) + three_of((3.,-3.,1.), 't2t_vit_14'), monkeypatch)[0]['claims'].set_index('claim')
+    assert table.verdict['It helps whatever the visual transformer'] == 'in part' and table.rests['It helps whatever the visual transformer'] == 'holds: 1, undecided: 1'
+    words = [''.join(c['source']) for f in (results/'claims.ipynb', results.parent/'23_evidence.ipynb') for c in json.loads(f.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown' and 'n part*' in ''.join(c['source'])]
+    assert len([w for w in words if 'holds for some' in w and 'be they undecided or against it' in w]) == 2 and not any('disagree' in w for w in words)
+
+def test_cost_counts_every_record_of_the_benchmark(monkeypatch):
+    "All committed blocks of steps of the three networks at 224 pixels on a GPU, compiled and eager, each by the same rule; what a cheap step is needs no seeds"
+    space,shown = page('claims', [], monkeypatch)
+    steps,want = space['steps'],{}
+    for f in (results/'bench').glob('*.json'):
+        o = json.loads(f.read_text())
+        if not str(o.get('section')).startswith('side') or not o['circumstances']['device'].startswith('NVIDIA'): continue
+        times = {(r['name'],r['arm']): r['block_s'] for r in o['rows']}
+        for (name,arm),with_ in times.items():
+            if arm.endswith(' side') and name.split(',')[0] in ('swin_t','t2t_vit_14','cvt_13_gap'): want[o['section'], f'{name}, {arm.split()[0]}: with / without'] = len(with_)
+    assert {(r.section,r.goal): r.blocks for r in steps.itertuples()} == want and len(want) >= 9 and {'side','side_eager','side512','side512_t2t','side512_cvt'} <= {s for s,_ in want}
+    assert [*steps.verdict] == ['holds' if h <= 1.05 else 'does not' if l > 1.05 else 'undecided' for l,h in zip(steps.low, steps.high)]
+    cost = space['claims'].set_index('claim').loc['The side task costs next to nothing']
+    assert cost.rests == ', '.join(f'{v}: {n}' for v in ('holds','does not','undecided') if (n := (steps.verdict==v).sum()))
+    assert any('blocks of steps' in ''.join(c['source']) and 'three seeds' in ''.join(c['source']) for c in claims['cells'])
+
+def test_how_many_gains_hold_by_luck(monkeypatch):
+    "Two of three have three seeds: 1-0.975^2 is 4.9 %; none without runs; and of the committed as many as have a verdict"
+    recs = three_of((1.,1.1,.9)) + three_of((3.,-3.,1.), 't2t_vit_14') + [r for r in three_of((1.,1.,1.), 'cvt_13_gap') if r['recipe']['seed']]
+    said = text(page('claims', recs, monkeypatch)[1]['74757f0a'])
+    assert '**2 gains** have a verdict, and 1 of them holds.' in said and 'one of 2 would hold by luck with a chance of **5 %**' in said
+    assert text(page('claims', [], monkeypatch)[1]['74757f0a'])=='*No gain has a verdict yet.*'
+    space,shown = page('claims', read_records(), monkeypatch)
+    n = (space['few'].seeds > 2).sum()
+    luck = np.mean((np.random.RandomState(0).rand(100_000, n) < .025).any(1))
+    assert f'**{n} gains**' in text(shown['74757f0a']) and float(re.search(r'chance of \*\*(\d+) %', text(shown['74757f0a']))[1]) == pytest.approx(100*luck, abs=1)
+
+
 # ---- the main table
 
 def test_main_table_is_open_without_runs(monkeypatch):
@@ -254,6 +297,31 @@ def test_main_table_takes_its_protocol_alone(monkeypatch):
     assert at('CIFAR-10','Swin-T').tolist() == ['88.08','90.08','2.00',f'{lo:.2f} to {hi:.2f}','3','holds']
     assert at('CIFAR-100','CvT-13').tolist() == ['70.50','72.25','1.75','','2','no verdict'] and at('CIFAR-10','T2T-ViT-14').tolist() == ['80.00','not run yet','','','','']
     assert 'not run yet' in at('CIFAR-100','Swin-T').tolist()
+
+def test_what_stands_beside_a_gain_is_what_it_is_made_of(monkeypatch):
+    "A second seed without its partner: in words and as a dot, not in the row and not in the arrow"
+    recs = table3('swin_t', 'cifar10', [80.,78.], 'none') + table3('swin_t', 'cifar10', [85.], 'paper') + table3('cvt_13_gap', 'cifar100', [70.], 'none')
+    drawn = []
+    monkeypatch.setattr('matplotlib.axes.Axes.annotate', lambda self, text, xy, xytext, **kw: drawn.append((self.get_title() or len(drawn), xytext[0], xy[0])))
+    space,shown = page('table', recs, monkeypatch)
+    at = lambda data,net: space['table'].loc[(data,net,'●\xa0ours')].tolist()
+    assert at('CIFAR-10','Swin-T')[:3] == ['80.00','85.00','5.00'] and at('CIFAR-10','Swin-T')[4] == '1' and at('CIFAR-100','CvT-13')[:3] == ['70.00','not\xa0run\xa0yet','']
+    assert text(shown['b7000019']) == '- swin_t on CIFAR-10, without: 2 runs, mean 79.00 %, of which 1 paired\n- cvt_13_gap on CIFAR-100, without: 1 run, mean 70.00 %, of which none paired'
+    arrows = [(a,b) for _,a,b in drawn]
+    assert (80.,85.) in arrows and (79.,85.) not in arrows and len(arrows) == len(PAPER)+1+1 and all(p in arrows for p in PAPER.values())
+    assert text(page('table', fakes(), monkeypatch)[1]['b7000019'])=='*None.*'
+
+def test_rows_add_up_with_the_committed_records(monkeypatch):
+    "With minus without is the gain, but for rounding, in every row of ours and of the paper"
+    t = page('table', read_records(), monkeypatch)[0]['table']
+    for _,r in t[t.gain!=''].iterrows(): assert float(r['with'])-float(r.without) == pytest.approx(float(r.gain), abs=.0151)
+
+def test_other_starts_are_not_in_the_main_table(monkeypatch):
+    "Public weights or held-out images: no row; two settings in one row: refused"
+    base = table3('swin_t', 'cifar10', [80.], 'none') + table3('swin_t', 'cifar10', [85.], 'paper')
+    def but(**kw): return [r | dict(recipe=r['recipe'] | kw) for r in base]
+    for kw in (dict(pretrained='imagenet'), dict(heldout=5000), dict(wd=.1)): assert len(page('table', base+but(**kw), monkeypatch)[0]['ours']) == 2
+    with pytest.raises(ValueError, match='2 settings of swin_t on cifar10'): page('table', base+but(drop_path=.1), monkeypatch)
 
 def test_small_networks_are_those_of_their_page(monkeypatch):
     "With the committed records: the gains of the two plans at 32 pixels"

@@ -76,13 +76,13 @@ class Run:
 def _parser():
     parser = anno_parser(train_main.__wrapped__, prog='vt_drloc_train')
     def error(message): raise ValueError(message)
-    parser.error = error
+    parser.error,parser.allow_abbrev = error,False
     return parser
 
 def _recipe(args):
     "The recipe that arguments of `vt_drloc_train` mean"
-    kw = {k: v for k,v in vars(_parser().parse_args(args)).items() if k in Recipe.__dataclass_fields__ and v is not None}
-    return Recipe(**kw, mix='--no-mix' not in args)
+    said = vars(_parser().parse_args(args))
+    return Recipe(**{k: v for k,v in said.items() if k in Recipe.__dataclass_fields__ and v is not None}, mix=not said['no_mix'])
 
 def read_plan(
     file # a text file; lines with `#` in front are comments
@@ -116,7 +116,9 @@ class Runner:
         every:float=60, # seconds between two lines of progress
         poll:float=1. # seconds between two looks at the runs
     ):
+        if gpus < 0: raise ValueError(f"gpus={gpus}: how many GPUs, or 0 for the CPU")
         if beside < 1: raise ValueError(f"beside={beside}: at least one run at a time")
+        if minutes is not None and not minutes > 0: raise ValueError(f"minutes={minutes}: must be above 0; leave it out for no limit")
         store_attr()
         self.out,self.start = Path(out),time.monotonic()
         ids = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus)))).split(',')
@@ -318,7 +320,7 @@ def arm(
     r = recipe
     if r['drloc']=='none': return 'without'
     own = Recipe(model=r['model'], drloc='paper').check().lambda_drloc
-    some = [r.get('variant', 'drloc').replace('drloc', ''), r.get('control') or '', r.get('schedule') or '', f"m={r['m']}"*(r['m']!=64), f"lambda={r['lambda_drloc']:g}"*(r['lambda_drloc'] not in (None, own))]
+    some = [r.get('variant', 'drloc').replace('drloc', ''), r.get('control') or '', r.get('schedule') or '', f"m={r['m']}"*(r['m']!=64), f"pool={r.get('pool')}"*(r.get('pool', 'auto')!='auto'), f"lambda={r['lambda_drloc']:g}"*(r['lambda_drloc'] not in (None, own))]
     form = W if r['drloc']=='paper' else f"{W}, {r['drloc']}"
     return ', '.join([form, *(s for s in some if s)])
 
@@ -345,18 +347,23 @@ def gpu_minutes(
     return cost
 
 # %% ../nbs/23_evidence.ipynb #b982eb5c
-SETTING = ['data','model','tfms','epochs','bs','lr','share','size','laid_out']
+_TASK = ['drloc','variant','lambda_drloc','schedule','m','pool','control']    # of the side task: `arm` tells them
+_SPEED = ['compile','graphs','fast']                                          # how fast a run is, not what it computes
+_main = ['data','model','tfms','epochs','bs','lr','share','size','laid_out']
+SETTING = _main + [k for k in Recipe.__dataclass_fields__ if k not in (*_main, *_TASK, *_SPEED, 'seed', 'name')]
 
 def _setting(rec):
-    "What paired runs have in common"
-    r = rec['recipe']
-    return dict(data=rec['data']['name'], model=r['model'], tfms=r['tfms'], epochs=r['epochs'], bs=r['bs'], lr=r['lr'], share=r.get('share', 1.), size=rec['data']['size'][0], laid_out=r.get('laid_out') or r['epochs'])
+    "What paired runs have in common; a record that is too old to have a field ran with its default"
+    r = {k: f.default for k,f in Recipe.__dataclass_fields__.items()} | rec['recipe']
+    seen = dict(data=rec['data']['name'], size=rec['data']['size'][0], laid_out=r['laid_out'] or r['epochs'], precision=rec.get('precision') or r['precision'])
+    return {k: r[k] for k in SETTING} | seen
 
 def _compile_share(rec):
     "Share of a run that its first epoch took longer than the others: what compiling took, and the first look at the data"
     walls = [e['wall_s'] for e in rec['epochs']]
     return max(0., walls[0]-np.median(np.diff(walls)))/walls[-1] if len(walls) > 2 else 0.
 
+# %% ../nbs/23_evidence.ipynb #b982eb5e
 def runs_table(
     recs, # run records
     among=None # all records, to know what shared a GPU; `None`: only these
@@ -396,15 +403,29 @@ def times_compare(
 # %% ../nbs/23_evidence.ipynb #5e1d0007
 def _key(row): return tuple(row[k] for k in SETTING)
 
-def _paired(runs, a, b, what='last', timed=False):
-    "setting -> what both arms have, (n, 2), a row for each seed that both completed"
-    ok,res = runs[runs.status=='complete'],{}
+def _label(rec): return f"{run_name(Recipe(**{k: v for k,v in rec['recipe'].items() if k in Recipe.__dataclass_fields__}))} of {rec['started']}"
+
+def _complete(runs, *arms):
+    "The complete runs of some arms, or of all; refuses two of one setting, arm and seed"
+    ok = runs[(runs.status=='complete') & (runs.arm.isin(arms) | (not arms))]
+    for _,g in ok[ok.duplicated([*SETTING,'arm','seed'], keep=False)].groupby([*SETTING,'arm','seed'], dropna=False):
+        raise ValueError(f"{' and '.join(map(_label, g.rec))} are runs of one recipe and seed: leave all but one of their records out")
+    return ok
+
+def _by_seed(runs, a, b, what='last', timed=False):
+    "setting -> seed -> what both arms have, of each seed that both completed"
+    ok,res = _complete(runs, a, b),{}
     x,y = ({(*_key(r), r.seed): r for _,r in ok[ok.arm==name].iterrows()} for name in (a,b))
     for key in x:
         if key not in y or (timed and not times_compare(x[key].rec, y[key].rec)): continue
         pair = x[key][what],y[key][what]
-        if not any(v is None or v!=v for v in pair): res.setdefault(key[:-1], []).append(pair)
-    return {k: np.array(v, dtype=float) for k,v in res.items()}
+        if not any(v is None or v!=v for v in pair): res.setdefault(key[:-1], {})[key[-1]] = pair
+    return res
+
+# %% ../nbs/23_evidence.ipynb #5e1d0019
+def _paired(runs, a, b, what='last', timed=False):
+    "setting -> what both arms have, (n, 2), a row for each seed that both completed"
+    return {k: np.array([*v.values()], dtype=float) for k,v in _by_seed(runs, a, b, what, timed).items()}
 
 def contrast(
     runs:pd.DataFrame, # from `runs_table`
@@ -422,7 +443,7 @@ def arms_table(
 )->pd.DataFrame: # one row for each setting and arm
     "Seeds, mean and 95 % interval of the last epoch's accuracy, best epoch beside it, cost"
     keys,rows = [*SETTING, 'arm'],[]
-    for key,g in runs[runs.status=='complete'].groupby(keys, sort=False):
+    for key,g in _complete(runs).groupby(keys, sort=False, dropna=False):
         lo,hi = mean_interval(g['last'])[1:] if len(g) > 1 else (None,None)
         rows.append(dict(zip(keys, key), seeds=len(g), mean=g['last'].mean(), **{'from': lo, 'to': hi, 'best epoch': g.best.mean(), 'GPU min': g.gpu_min.mean(), 's an epoch': g.epoch_s.mean()}))
     return pd.DataFrame(rows, columns=[*keys, 'seeds', 'mean', 'from', 'to', 'best epoch', 'GPU min', 's an epoch'])
@@ -455,7 +476,7 @@ def reach_table(
     b:str='without' # arm whose last accuracy is the mark
 )->pd.DataFrame: # one row a seed and setting
     "Epochs and GPU minutes to the final accuracy of the runs without the side task"
-    ok,rows = runs[runs.status=='complete'],[]
+    ok,rows = _complete(runs, a, b),[]
     for _,base in ok[ok.arm==b].iterrows():
         for _,other in ok[(ok.arm==a) & (ok.seed==base.seed)].iterrows():
             if _key(base)!=_key(other): continue
@@ -473,7 +494,7 @@ def faster_table(
 )->pd.DataFrame: # one row a data set and network
     "Epochs and minutes saved: mean, interval and verdict, and how many seeds never got there"
     rows = []
-    for key,g in reach.groupby(SETTING, sort=False):
+    for key,g in reach.groupby(SETTING, sort=False, dropna=False):
         (lo,hi),never = mean_interval(g.saved)[1:] if len(g) > 1 else (None,None),[c for c in g if c.startswith('reached')]
         rows.append(dict(zip(SETTING, key), seeds=len(g), **{'never reached': int((~g[never[-1]].astype(bool)).sum()), 'epochs saved': g.saved.mean(), 'from': lo, 'to': hi},
                          verdict=verdict(g.saved.tolist(), 1), **{'GPU min saved': g.saved_min.astype(float).mean()}))
@@ -558,6 +579,15 @@ def family(model)->str:
     "Which of the paper's networks a network is a version of"
     return model.split('_')[0]
 
+# %% ../nbs/23_evidence.ipynb #5e1d001b
+def _one_setting(settings):
+    "Refuse two settings of one network and data set, which a figure would show as one"
+    for (data,model),g in pd.DataFrame(settings, columns=SETTING).drop_duplicates().groupby(['data','model'], sort=False):
+        if len(g)==1: continue
+        each = g[[k for k in SETTING if g[k].nunique(dropna=False) > 1]].to_dict('records')
+        say,ask = '; '.join(', '.join(f'{k}={v!r}' for k,v in o.items()) for o in each),' and '.join(f'{k}=={v!r}' for k,v in each[0].items())
+        raise ValueError(f'{model} on {data} has runs of {len(g)} settings, and one row or panel: {say}. Choose by a query, such as runs.query("{ask}")')
+
 # %% ../nbs/23_evidence.ipynb #5e1d0015
 def plot_gains(
     runs:pd.DataFrame, # from `runs_table`
@@ -568,7 +598,9 @@ def plot_gains(
     "Gain of every seed, mean and interval, beside the paper's and others'"
     import matplotlib.pyplot as plt
     from vt_drloc.plots import PALETTE
-    gs = {(k[0],k[1]): g for k,g in contrast(runs, a, b).items()}
+    found = {k: g for k,g in contrast(runs, a, b).items() if not show or k[:2] in {*map(tuple, show)}}
+    _one_setting([*found])
+    gs = {k[:2]: g for k,g in found.items()}
     rows,blue = show or list(gs),PALETTE['blue']
     fig,ax = plt.subplots(figsize=(7, 1.6+.45*len(rows)), layout='constrained')
     marks = dict(ours=dict(marker='o', color=blue, ms=5), others=dict(marker='s', color=PALETTE['grey'], ms=6), paper=dict(marker='D', mfc='none', mec=PALETTE['orange'], ms=7))
@@ -603,7 +635,8 @@ def plot_accuracy(
     arms=('without','with L_drloc') # arms to show
 ):
     "Last-epoch accuracy: every seed a dot, the mean a line"
-    ok = runs[(runs.status=='complete') & runs.arm.isin(arms)]
+    ok = _complete(runs, *arms)
+    _one_setting(ok[SETTING])
     groups = list(ok.groupby(['data','model'], sort=False))
     axs = _panels(len(groups), 2.6, 3)
     for ax,((data,model),g) in zip(axs, groups):
@@ -622,7 +655,9 @@ def plot_learning(
 ):
     "Accuracy by epoch, a panel for each data set and network; every seed thin, their mean thick"
     from vt_drloc.plots import plot_curves
-    groups = list(runs[runs.arm.isin(arms) & (runs.done > 0)].groupby(['data','model'], sort=False))
+    begun = runs[runs.arm.isin(arms) & (runs.done > 0)]
+    _one_setting(begun[SETTING])
+    groups = list(begun.groupby(['data','model'], sort=False))
     axs = _panels(len(groups), 4, 3)
     for ax,((data,model),g) in zip(axs, groups):
         plot_curves({o: [[100*e['accuracy'] for e in r['epochs']] for r in g[g.arm==o].rec] for o in arms if (g.arm==o).any()}, 'test accuracy (%)', ax=ax)
@@ -632,15 +667,22 @@ def plot_learning(
 # %% ../nbs/23_evidence.ipynb #a9f90c29
 def _each(gains, small=.5): return [verdict(g, small) for g in gains.values()]
 
-def _gain(runs, fam=None, **where):
+def _from(runs, start=''): return runs[runs.pretrained==start]    # '': from scratch, imagenet: from public weights
+
+def _gain(runs, fam=None, start=''):
     "Verdicts of the main gain, for one family of networks or all"
-    some = runs[(runs.share==1) & (runs.model.map(family)==fam if fam else True)]
-    return _each(contrast(some))
+    some = _from(runs, start)
+    return _each(contrast(some[(some.share==1) & (some.model.map(family)==fam if fam else True)]))
 
 def _faster(runs):
     "Verdicts of the epochs saved"
-    return faster_table(reach_table(runs)).verdict.tolist()
+    return faster_table(reach_table(_from(runs))).verdict.tolist()
 
+def _arms(runs, better, worse):
+    "Verdicts of one arm against another"
+    return _each(contrast(_from(runs), better, worse))
+
+# %% ../nbs/23_evidence.ipynb #a9f90c2a
 def _cheap(runs, most=5):
     "Verdicts of: at most so many percent more training time an epoch"
     ratio = runs.assign(log_s=np.log(runs.epoch_s.astype(float)))
@@ -648,13 +690,17 @@ def _cheap(runs, most=5):
     return [verdict([most-100*(math.exp(v)-1) for v in g], 0) for g in contrast(ratio, what='log_s', timed=True).values()]
 
 def _less_data(runs):
-    "Verdicts of: the gain on a share minus the gain on all images"
-    g = {(k[0],k[1],k[6]): v for k,v in contrast(runs).items()}
-    return [verdict([a-b for a,b in zip(v, g[(*k[:2],1.)])]) for k,v in g.items() if k[2] < 1 and (*k[:2],1.) in g]
-
-def _arms(runs, better, worse):
-    "Verdicts of one arm against another"
-    return _each(contrast(runs, better, worse))
+    "Verdicts of: the gain on a share minus the gain on all images, of each seed that has both"
+    gains,said = _by_seed(_from(runs), W, 'without'),[]
+    def rest(k): return tuple(v for n,v in zip(SETTING, k) if n not in ('share','share_seed','epochs','laid_out','warmup','bs'))   # fewer images: smaller batches and more epochs
+    share = {k: k[SETTING.index('share')] for k in gains}
+    for k in (k for k in gains if share[k] < 1):
+        full = [f for f in gains if share[f]==1 and rest(f)==rest(k)]
+        if len(full) > 1:
+            these = ', '.join(f'epochs={f[3]} with bs={f[4]}' for f in full)
+            raise ValueError(f"{k[1]} on {k[0]}, share={share[k]:g}: its gain could be held against that of {len(full)} settings with all images, {these}; query the runs for one")
+        for f in full: said.append(verdict([a-b-(c-d) for s,(a,b) in gains[k].items() if s in gains[f] for c,d in [gains[f][s]]]))
+    return said
 
 # %% ../nbs/23_evidence.ipynb #1744ebab
 CLAIMS = [  # claim, where it stands, how it is judged, where the evidence is
@@ -675,7 +721,7 @@ CLAIMS = [  # claim, where it stands, how it is judged, where the evidence is
     ('Swin-T on CIFAR-10 at 224 pixels: 59.47 without, 83.89 with', 'Table 3', lambda r: _gain(r[(r.model=='swin_t') & (r.data=='cifar10')]), '03_swin_t_224px.ipynb'),
     ('It helps on Flowers102, SVHN and DomainNet', 'Table 3', lambda r: _gain(r[~r.data.isin(['cifar10','cifar100','digits'])]), ''),
     ('It helps on ImageNet-100, and still at 300 epochs', 'Table 2b', lambda r: _gain(r[r.data=='imagenet100']), ''),
-    ('It helps when public weights are fine-tuned', 'Table 4', lambda r: [], ''),
+    ('It helps when public weights are fine-tuned', 'Table 4', lambda r: _gain(r, start='imagenet'), ''),
 ]
 
 # %% ../nbs/23_evidence.ipynb #5e1d000e
