@@ -1,8 +1,9 @@
 "What the tutorials rely on and do not show: grids the right way round, U-Nets under a tap, two processes, no fastai"
-import json, os, subprocess, sys
+import importlib, json, os, re, shlex, subprocess, sys
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
+from fastcore.script import anno_parser
 from vt_drloc.hybrid import CvT, as_backbone
 from vt_drloc.loss import DrlocLoss
 
@@ -20,6 +21,49 @@ def page_classes():
     ns = dict(nn=nn, DrlocLoss=DrlocLoss, as_backbone=as_backbone)
     for name in ('Joint','Hooked'): exec(page_cell('plain_pytorch', f'class {name}('), ns)
     return ns['Joint'],ns['Hooked']
+
+# --- commands that a reader copies
+
+def commands(text):
+    "Command lines of this project in a shell text, as words: the program's name first"
+    found = re.findall(r'(?:^|[\s/!])(?:(vt_drloc_\w+)|python3? -m (vt_drloc\.\w+))((?:[ \t][^\n]*)?)$', text.replace('\\\n', ' '), re.M)
+    for prog,module,rest in found: yield [prog or module, *shlex.split(re.split(r'[|>;&]', rest)[0], comments=True)]
+
+def shell_texts(cell):
+    "What of a cell goes to a shell: fenced blocks, and lines that begin with `!`"
+    text = ''.join(cell['source'])
+    if cell['cell_type']=='markdown': return re.findall(r'^```\{?\.?(?:sh|bash|shell|console|text)?\}?\n(.*?)^```', text, re.M|re.S)
+    lines = text.replace('\\\n', ' ').splitlines()
+    return [text] if text.startswith(('%%bash','%%sh')) else [l.lstrip() for l in lines if l.lstrip().startswith('!')]
+
+def all_commands():
+    root = nbs.parents[1]
+    for page in sorted((root/'nbs').rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in page.parts: continue
+        for cell in json.loads(page.read_text())['cells']:
+            for text in shell_texts(cell):
+                for words in commands(text): yield str(page.relative_to(root)),words
+    for text in shell_texts(dict(cell_type='markdown', source=(root/'README.md').read_text())):
+        for words in commands(text): yield 'README.md',words
+
+programs = dict(vt_drloc_train=('train','main'), vt_drloc_eval=('evaluate','eval_main'), vt_drloc_demo=('train','demo_main'))
+
+def parsed(words):
+    "What a command's own parser makes of it; raises where it would refuse"
+    module,fn = programs.get(words[0]) or (words[0].removeprefix('vt_drloc.'),'main')
+    parser = anno_parser(getattr(importlib.import_module(f'vt_drloc.{module}'), fn).__wrapped__, prog=words[0])
+    def error(why): raise ValueError(f"{' '.join(words)}: {why}")
+    parser.error = error
+    return parser.parse_args(words[1:])
+
+def test_every_command_that_a_page_shows_is_one():
+    "An option that does not exist, in a fenced block or a shell cell of any page"
+    found = list(all_commands())
+    assert len(found) >= 15 and {'README.md','nbs/tutorials/fine_tuning.ipynb','nbs/tutorials/interrupted_runs.ipynb'} <= {p for p,_ in found}
+    for page,words in found:
+        try: parsed(words)
+        except ValueError as e: pytest.fail(f'{page}: {e}')
+    with pytest.raises(ValueError, match='no_mix'): parsed(next(commands('.venv/bin/vt_drloc_train --data few --no_mix # so')))
 
 # --- the five models of `any_backbone`
 
