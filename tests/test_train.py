@@ -1,12 +1,14 @@
 "The training program: protocol, optimizer, records, console script"
 import json, math, subprocess, sys
+from dataclasses import fields, replace
 from pathlib import Path
 import pytest, torch
+from fastcore.script import anno_parser
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from fastai.basics import Callback, CancelFitException, DataLoaders, L, Learner, set_seed
-from vt_drloc.models import create_model, load_model
+from vt_drloc.models import create_model, list_models, load_model
 from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
                             read_records, run_name, settings, side_task_error, train)
 
@@ -203,6 +205,49 @@ def test_wrong_names_get_the_right_ones():
         with pytest.raises(SystemExit, match=near): main(**kw)
     for kw in (dict(m=0), dict(lambda_drloc=-1., drloc='paper'), dict(epochs=0), dict(lr=-1.)):
         with pytest.raises(SystemExit, match=next(iter(kw))): main(**kw)
+
+@pytest.mark.parametrize('k,bad', [('clip',-1.), ('wd',-1.), ('mom',2.), ('sqr_mom',1.), ('eps',0.), ('lr_floor',-1e-6), ('lr_start',-1.), ('warmup',-1.), ('drop_path',1.), ('size',0),
+                                   ('heldout',-5), ('share',0.), ('lr',math.nan), ('lr',math.inf), ('wd',math.nan), ('lambda_drloc',math.nan), ('lambda_drloc',-1.), ('m',0)])
+def test_numbers_that_cannot_be_meant(k, bad):
+    "An error that names the setting and its value, before any image is read"
+    with pytest.raises(ValueError, match=f'^{k}={bad}: '): Recipe(drloc='paper', **{k:bad}).check()
+
+@pytest.mark.parametrize('kw', [dict(clip=0), dict(wd=0), dict(mom=0), dict(warmup=0), dict(lr_start=0, lr_floor=0), dict(drop_path=.9), dict(share=1), dict(lambda_drloc=0, drloc='paper')])
+def test_the_ends_of_the_limits_are_allowed(kw): Recipe(**kw).check()
+
+@pytest.mark.parametrize('kw', [dict(lambda_drloc=.5), dict(m=32), dict(pool='2x2'), dict(variant='ce'), dict(control='permuted'), dict(schedule='cos')])
+def test_settings_of_the_side_task_need_one(kw):
+    "Or the baseline would be trained in its place without a word"
+    k = next(iter(kw))
+    with pytest.raises(ValueError, match=f"^{k}=.* without a side task: add drloc='paper' \\(--drloc paper\\)"): Recipe(**kw).check()
+    assert getattr(Recipe(drloc='paper', **kw).check(), k) == kw[k]
+    assert Recipe(lambda_drloc=.5, drloc='paper').check().check() and Recipe().check().check()        # what `check` gives can be checked again
+
+def test_a_warm_up_longer_than_the_schedule():
+    with pytest.raises(ValueError, match='warmup=200 is longer than the schedule of 1 epochs'): Recipe(warmup=200, epochs=1).check()
+    for kw in (dict(warmup=2, epochs=2), dict(warmup=30, epochs=10, laid_out=300)): Recipe(**kw).check()
+    with pytest.warns(UserWarning, match='20 epochs and the schedule has 2.*--warmup'): build(replace(small, warmup=Recipe.warmup), bar=False, device='cpu')
+
+def test_what_was_run_and_is_planned_passes_the_check():
+    "All committed records, plans and settings of the benchmarks"
+    from vt_drloc.bench import PLANS, SWEEP, quick
+    from vt_drloc.evidence import read_plan
+    known,recs = {f.name for f in fields(Recipe)},read_records()
+    for r in recs: Recipe(**{k:v for k,v in r['recipe'].items() if k in known}).check()
+    plans = sorted((Path(__file__).parents[1]/'nbs'/'results'/'plans').glob('*.txt'))
+    assert len(recs) >= 70 and len(plans) >= 8 and all(read_plan(p) for p in plans)
+    for plan in PLANS.values():
+        for changes in SWEEP.values():
+            kw = {k:v for k,v in {**quick, 'model':plan.model, **plan.recipe, **changes}.items() if k!='net'}
+            if kw['drloc']=='none' and 'lambda_drloc' in changes: continue          # no variation: a peer without the side task
+            if kw['model'] not in list_models(): kw['model'] = 'cvt_mini'       # a peer, from a package that may not be here
+            for e in (dict(epochs=36), dict(epochs=3, warmup=0)): Recipe(**{**kw, **e}).check()
+
+def test_help_describes_the_flag_that_it_shows():
+    "`--no-graphs` must not read like the promise of graphs"
+    flags = [a for a in anno_parser(main.__wrapped__)._actions if any(o.startswith('--no-') for o in a.option_strings)]
+    assert {a.option_strings[0] for a in flags} == {'--no-mix','--no-bar','--no-graphs','--no-fast'}
+    for a in flags: assert f'on unless {a.option_strings[0]} is given' in a.help if a.default else a.help.startswith(('without ','one line ')), a.help
 
 def test_help():
     out = subprocess.run([Path(sys.executable).parent/'vt_drloc_train', '--help'], capture_output=True, text=True).stdout

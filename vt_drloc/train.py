@@ -80,8 +80,8 @@ class Recipe:
     heldout:int = 0               # judge on this many training images instead of the test set
     precision:str = 'auto'        # bf16, fp16 or float32; auto: bf16 on GPUs that have it, else fp16; float32 on the CPU
     compile:bool = False          # compile model and side task: slower start, faster steps
-    graphs:bool = True            # with compile, on one GPU: replay each pass as a CUDA graph instead of starting its kernels one by one
-    fast:bool = True              # on a GPU: window attention in one kernel, and drop path that computes only what it keeps
+    graphs:bool = True            # CUDA graphs, with compile on one GPU: passes are replayed, not started kernel by kernel; on unless --no-graphs is given
+    fast:bool = True              # faster parts on a GPU: window attention in one kernel, drop path that computes only what it keeps; on unless --no-fast is given
     name:str = ''                 # of the run's files; left open: made from the settings
 
 # %% ../nbs/10_train.ipynb #27f2d763
@@ -97,6 +97,36 @@ def _known(what, name, names):
     near = get_close_matches(str(name), names, 1)
     raise ValueError(f"unknown {what} {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Right ones: {', '.join(names)}")
 
+# %% ../nbs/10_train.ipynb #4c1d0a31
+_limits = [(('epochs','bs','lr','eps'), lambda v: v > 0, 'must be above 0'),
+           (('m',), lambda v: v >= 1, 'at least one pair an image is needed; the paper uses m=64'),
+           (('lr_start','lr_floor','warmup','wd','clip','heldout'), lambda v: v >= 0, 'must be 0 (none) or above'),
+           (('mom','sqr_mom'), lambda v: 0 <= v < 1, "must be from 0 to below 1; the paper's are mom=0.9 and sqr_mom=0.999"),
+           (('drop_path',), lambda v: 0 <= v < 1, 'must be from 0 (none) to below 1'),
+           (('lambda_drloc',), lambda v: v >= 0, "the weight of the side task must be 0 or above; the paper's is 0.1, for Swin 0.5"),
+           (('size',), lambda v: v >= 1, 'an image side is at least one pixel'),
+           (('share',), lambda v: 0 < v <= 1, 'a share of the training images is above 0 and at most 1; 0.1 is a tenth')]
+
+def _in_limits(r):
+    "Refuse numbers that cannot be meant"
+    for names,ok,why in _limits:
+        for k in names:
+            v = getattr(r, k)
+            if v is not None and not (math.isfinite(v) and ok(v)): raise ValueError(f'{k}={v}: {why}')
+
+# %% ../nbs/10_train.ipynb #4c1d0a33
+_task_alone = 'variant','control','schedule','lambda_drloc','m','pool'
+
+def _fits(r):
+    "Refuse settings that do not go together"
+    default = {f.name: f.default for f in fields(r)}
+    for k in _task_alone if r.drloc=='none' else ():
+        if (v := getattr(r, k)) != default[k]: raise ValueError(f"{k}={v!r} without a side task: add drloc='paper' (--drloc paper), or leave {k} out")
+    if r.laid_out is not None and r.laid_out < r.epochs:
+        raise ValueError(f"laid_out={r.laid_out}: the schedule cannot be shorter than the run of {r.epochs} epochs")
+    if r.warmup != default['warmup'] and r.warmup > (r.laid_out or r.epochs):
+        raise ValueError(f"warmup={r.warmup:g} is longer than the schedule of {r.laid_out or r.epochs} epochs: the rate would never reach its peak; the paper's warm-up is a fifth of the schedule")
+
 # %% ../nbs/10_train.ipynb #037ac160
 def _checked(r):
     "Refuse names and numbers that cannot be run"
@@ -105,14 +135,8 @@ def _checked(r):
         _known(what, name, names)
     get_tfms(r.tfms) # refuses what it does not know and names the rest
     if not Path(r.data).is_dir(): _known('data set', r.data, list_data())
-    for k in ('epochs','bs','lr'):
-        if not getattr(r, k) > 0: raise ValueError(f"{k}={getattr(r, k)}: must be above 0")
-    if r.m < 1: raise ValueError(f"m={r.m}: at least one pair an image is needed; the paper uses m=64")
-    if r.laid_out is not None and r.laid_out < r.epochs:
-        raise ValueError(f"laid_out={r.laid_out}: the schedule cannot be shorter than the run of {r.epochs} epochs")
-    for k,v in (('variant',r.variant!='drloc'),('control',bool(r.control)),('schedule',bool(r.schedule))):
-        if v and r.drloc=='none': raise ValueError(f"{k}={getattr(r, k)!r} without a side task: add drloc='paper'")
-    if not 0 < r.share <= 1: raise ValueError(f"share={r.share}: a share of the training images is above 0 and at most 1; 0.1 is a tenth")
+    _in_limits(r)
+    _fits(r)
     if Path(r.name).name != r.name: raise ValueError(f"name={r.name!r}: a name for files, not a path; the folder is `out`")
     if r.pretrained not in ('','imagenet') and not Path(r.pretrained).is_file():
         raise ValueError(f"pretrained={r.pretrained!r}: there is no such file; give a checkpoint, or 'imagenet' for public weights")
@@ -124,7 +148,6 @@ def check(self:Recipe)->Recipe:
     _checked(self)
     info = model_info(self.model)
     lam = info.lambda_drloc if self.lambda_drloc is None else self.lambda_drloc
-    if lam < 0: raise ValueError(f"lambda_drloc={lam}: the weight of the side task must be >= 0")
     return replace(self, lambda_drloc=lam if self.drloc!='none' else None, size=self.size or info.size,
                    drop_path=info.drop_path if self.drop_path is None else self.drop_path)
 
@@ -642,6 +665,7 @@ def build(
     "A `Learner` that runs a recipe"
     r,device = recipe.check(),torch.device(device or default_device())
     if not out and (save_every or minutes or resume): raise ValueError("save_every, minutes and resume write to or read from a folder: give `out`")
+    if r.warmup > (r.laid_out or r.epochs): warn(f"the warm-up takes {r.warmup:g} epochs and the schedule has {r.laid_out or r.epochs}: the learning rate never reaches its peak; set warmup (--warmup), a fifth of the epochs for instance")
     set_seed(r.seed)
     tfms = get_tfms(r.tfms, r.size, flip=r.data!='digits')
     with rank0_before_others(): dls = get_dls(r.data, bs=r.bs, size=r.size, batch_tfms=tfms, device=device, heldout=r.heldout, **data_kw)
