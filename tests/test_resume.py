@@ -202,11 +202,31 @@ def test_what_else_must_not_have_changed(stopped, recipe, monkeypatch, change, m
     with pytest.raises(ResumeError, match=match): resume(stopped, recipe)
 
 def test_nothing_to_resume(tmp_path, recipe):
-    with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
     r = Recipe(**{**vars(recipe), 'epochs':1, 'bs':80, 'drloc':'none'})
     train(r, out=tmp_path, bar=False, device='cpu')
     with pytest.raises(ResumeError, match='complete'): resume(tmp_path, r)
     with pytest.raises(ValueError, match='give `out`'): build(r, bar=False, device='cpu', minutes=1.)
+
+def test_the_first_time_resume_begins(tmp_path, runs, recipe, capsys):
+    "One command for the first time and every time after; it says what it does, and what waits under other names"
+    (tmp_path/'other-s0.00000004.ckpt').write_bytes(b'')
+    out = tmp_path/'new'/'folder'
+    learn = resume(out, recipe)
+    assert f'nothing of {name} in {out} to go on from: it starts at the beginning\n' in capsys.readouterr().out
+    assert same(learn.model.state_dict(), outcome(runs[0]/'alone')[0]) and 'resumed' not in outcome(out)[2]
+    with pytest.raises(ResumeError, match='complete'): resume(out, recipe)
+    (tmp_path/f'{name}.json').write_text(json.dumps(dict(status='cut short', recipe={}, epochs=[])))     # killed before its first checkpoint
+    tr._start(None, tmp_path/name, True)
+    assert 'it starts at the beginning; there are checkpoints of other-s0\n' in capsys.readouterr().out
+
+@pytest.mark.parametrize('kind,lies', [('json', dict(epochs=[dict(accuracy=.5)])), ('json', dict(epochs=[], stopped=dict(why='time limit'))), ('safetensors', None)])
+def test_resume_does_not_begin_over_what_lies_there(kind, lies, tmp_path, recipe):
+    "Epochs of a run whose checkpoints are gone, or weights without a record"
+    file = tmp_path/f'{name}.{kind}'
+    file.write_text(json.dumps(dict(status='cut short', recipe={}, **lies)) if lies else 'weights')
+    was = file.read_bytes()
+    with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
+    assert file.read_bytes()==was
 
 def test_time_limit(tmp_path, runs, recipe, capsys):
     settings = dict(common, data=recipe.data)

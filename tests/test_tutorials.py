@@ -1,5 +1,6 @@
 "What the tutorials rely on and do not show: grids the right way round, U-Nets under a tap, two processes, no fastai"
 import importlib, json, os, re, shlex, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -26,13 +27,13 @@ def page_classes():
 
 def commands(text):
     "Command lines of this project in a shell text, as words: the program's name first"
-    found = re.findall(r'(?:^|[\s/!])(?:(vt_drloc_\w+)|python3? -m (vt_drloc\.\w+))((?:[ \t][^\n]*)?)$', text.replace('\\\n', ' '), re.M)
+    found = re.findall(r'^[ \t]*(?:[!$][ \t]*)?(?:[\w./-]*/)?(?:(vt_drloc_\w+)|python3? -m (vt_drloc\.\w+))((?:[ \t][^\n]*)?)$', text.replace('\\\n', ' '), re.M)
     for prog,module,rest in found: yield [prog or module, *shlex.split(re.split(r'[|>;&]', rest)[0], comments=True)]
 
 def shell_texts(cell):
     "What of a cell goes to a shell: fenced blocks, and lines that begin with `!`"
     text = ''.join(cell['source'])
-    if cell['cell_type']=='markdown': return re.findall(r'^```\{?\.?(?:sh|bash|shell|console|text)?\}?\n(.*?)^```', text, re.M|re.S)
+    if cell['cell_type']=='markdown': return re.findall(r'^```\{?\.?(?:sh|bash|shell|console|text|python)?\}?\n(.*?)^```', text, re.M|re.S)
     lines = text.replace('\\\n', ' ').splitlines()
     return [text] if text.startswith(('%%bash','%%sh')) else [l.lstrip() for l in lines if l.lstrip().startswith('!')]
 
@@ -64,6 +65,18 @@ def test_every_command_that_a_page_shows_is_one():
         try: parsed(words)
         except ValueError as e: pytest.fail(f'{page}: {e}')
     with pytest.raises(ValueError, match='no_mix'): parsed(next(commands('.venv/bin/vt_drloc_train --data few --no_mix # so')))
+
+def test_the_cell_for_colab_works_on_a_fresh_machine_and_again():
+    "It installs from where settings.ini says, under the same constraints as the first cell of every page, and goes on or begins"
+    cfg = ConfigParser(delimiters=['=']); cfg.read(nbs.parents[1]/'settings.ini', encoding='utf-8'); cfg = cfg['DEFAULT']
+    cells = json.loads((nbs/'interrupted_runs.ipynb').read_text())['cells']
+    block, = [b for c in cells if c['cell_type']=='markdown' for b in re.findall(r'^```python\n(.*?)^```', ''.join(c['source']), re.M|re.S)]
+    assert f"pip install -q -c /tmp/keep.txt git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}\n" in block
+    keep = "with open('/tmp/keep.txt', 'w') as f: f.writelines("
+    assert next(l for l in block.splitlines() if l.startswith(keep)) in ''.join(cells[0]['source'])
+    words, = commands(block)
+    got = parsed(words)
+    assert got.resume and got.save_every and got.minutes and got.out.startswith('/content/drive/')
 
 # --- the five models of `any_backbone`
 

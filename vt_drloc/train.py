@@ -12,7 +12,7 @@ __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'Deca
            'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
-import contextlib, json, math, os, platform, sys, time
+import contextlib, glob, json, math, os, platform, sys, time
 from dataclasses import dataclass, asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -659,7 +659,7 @@ def build(
     probe:int=None, # training steps of the probe of position at the end; `None`: 600 on a GPU, none on a CPU
     save_every:str=None, # write a checkpoint every so many steps ('500') or so often ('90s', '10m', '2h')
     minutes:float=None, # stop after this time, with a checkpoint
-    resume:bool=False, # go on from the newest checkpoint in `out`
+    resume:bool=False, # go on from the newest checkpoint in `out`, or begin where there is none yet
     **data_kw # further arguments of `get_dls`
 )->Learner:
     "A `Learner` that runs a recipe"
@@ -697,21 +697,35 @@ def _guard(record, recipe):
                          "give this one a name (--name) or a folder of its own (--out)")
 
 # %% ../nbs/10_train.ipynb #d118c6d9
+def _begun(stem):
+    "Is there anything of a run that a new start would lose?"
+    record = Path(f'{stem}.json')
+    rec = json.loads(record.read_text()) if record.exists() else {}
+    others = [f for f in stem.parent.glob(f'{glob.escape(stem.name)}.*') if f!=record and f.suffix!='.tmp']
+    return bool(rec.get('epochs') or rec.get('stopped') or others)
+
+def _anew(stem):
+    "Say that a run which was to go on starts at the beginning, and what else waits in its folder"
+    waiting = sorted({f.name.rsplit('.', 2)[0] for f in stem.parent.glob('*.ckpt')})
+    print(f"nothing of {stem.name} in {stem.parent} to go on from: it starts at the beginning" + (f"; there are checkpoints of {', '.join(waiting)}" if waiting else ''))
+
+# %% ../nbs/10_train.ipynb #9d1f0b21
 def _start(learn, stem, resume):
-    "Go on from a checkpoint if asked to; refuse to begin anew over one"
+    "Go on from a checkpoint if asked to and if there is a beginning; refuse to begin anew over one"
     files,record = checkpoints(stem),Path(f'{stem}.json')
     if not resume:
         if files: raise ResumeError(f"{files[0]} is a checkpoint of a run that is not finished: go on with resume=True (--resume), or remove {stem}.*.ckpt to begin anew")
     elif not files and record.exists() and json.loads(record.read_text())['status']=='complete':
         raise ResumeError(f"{record} is complete: there is nothing to resume")
-    else: go_on(learn)
+    elif files or _begun(stem): go_on(learn)
+    elif not _rank(): _anew(stem)
 
 # %% ../nbs/10_train.ipynb #2c444eaf
 def train(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
     device=None, # 'cuda', 'cpu'; `None`: a GPU if there is one
-    resume:bool=False, # go on from the newest checkpoint in `out`
+    resume:bool=False, # go on from the newest checkpoint in `out`, or begin where there is none yet
     **kwargs # further arguments of `build`
 )->Learner:
     "Run a recipe from start to end, or from its newest checkpoint"
@@ -756,7 +770,7 @@ def main(
     device:str=None, # cuda or cpu (default: a GPU if there is one)
     save_every:str=None, # write a checkpoint every so many steps (500) or so often (90s, 10m, 2h)
     minutes:float=None, # stop after this time, with a checkpoint
-    resume:bool=False, # go on from the newest checkpoint in the folder; everything else as the first time
+    resume:bool=False, # go on from the newest checkpoint of this run in the folder, or begin where there is none yet; all else as the first time
     beside:int=1, # how many runs share the GPU, for the record
     probe:int=None, # training steps of the probe of position at the end (default: 600 on a GPU, none on a CPU)
     no_mix:bool=False, # without mixup, cutmix and label smoothing
