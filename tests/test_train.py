@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from fastai.basics import Callback, CancelFitException, DataLoaders, L, Learner, set_seed
+from vt_drloc.evaluate import eval_main
 from vt_drloc.models import create_model, list_models, load_model
 from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
                             read_records, run_name, settings, side_task_error, train)
@@ -248,6 +249,15 @@ def test_help_describes_the_flag_that_it_shows():
     flags = [a for a in anno_parser(main.__wrapped__)._actions if any(o.startswith('--no-') for o in a.option_strings)]
     assert {a.option_strings[0] for a in flags} == {'--no-mix','--no-bar','--no-graphs','--no-fast'}
     for a in flags: assert f'on unless {a.option_strings[0]} is given' in a.help if a.default else a.help.startswith(('without ','one line ')), a.help
+
+def test_eval_asks_for_the_checkpoint_alone():
+    "Its photos are optional: not named where FILE is missing, and empty where none is given"
+    run = [Path(sys.executable).parent/'vt_drloc_eval']
+    said = subprocess.run(run, capture_output=True, text=True)
+    assert said.returncode==2 and said.stderr.strip().endswith('the following arguments are required: file')
+    parse = anno_parser(eval_main.__wrapped__).parse_args
+    assert not parse(['w.safetensors']).photos and list(parse(['w.safetensors','a.jpg','b.jpg']).photos)==['a.jpg','b.jpg']
+    assert 'score it' in subprocess.run([*run, '--help'], capture_output=True, text=True).stdout
 
 def test_help():
     out = subprocess.run([Path(sys.executable).parent/'vt_drloc_train', '--help'], capture_output=True, text=True).stdout
