@@ -2,7 +2,7 @@
 import importlib, json, os, re, shlex, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.script import anno_parser
 from vt_drloc.hybrid import CvT, as_backbone
@@ -77,6 +77,37 @@ def test_the_cell_for_colab_works_on_a_fresh_machine_and_again():
     words, = commands(block)
     got = parsed(words)
     assert got.resume and got.save_every and got.minutes and got.out.startswith('/content/drive/')
+
+# --- `your_own_data`
+
+def test_the_page_shows_images_of_every_class():
+    "The judged images are sorted by class: what is shown is spread over all of them"
+    from types import SimpleNamespace
+    y = torch.arange(150)//30
+    shown,batches = [],[(torch.zeros(50,3,4,4), o) for o in y.split(50)]
+    class Loader(list):
+        def one_batch(self): return self[0]
+    plt = SimpleNamespace(subplots=lambda r, c, **kw: (None, np.empty((r,c))))
+    dls = SimpleNamespace(valid=Loader(batches), info=SimpleNamespace(mean=[0.]*3, std=[1.]*3), train=SimpleNamespace(dataset=SimpleNamespace(vocab='abcde')))
+    exec(page_cell('your_own_data', '#| fig-alt: "Ten small crops'), dict(torch=torch, dls=dls, plt=plt, show_image=lambda im, ax, name: shown.append(name)))
+    assert sorted(shown)==list('aabbccddee')
+
+def test_a_task_that_is_not_learnt_moves_the_weights_too():
+    "What the page says of its two accuracies: one seed, and the callback alone sets them apart"
+    from fastai.basics import DataLoader, DataLoaders, Learner, set_seed
+    from vt_drloc.callback import DrlocCallback
+    set_seed(0)
+    ds = [(x, i%3) for i,x in enumerate(torch.randn(8,3,16,16))]
+    def weights(cbs=None):
+        set_seed(0)
+        learn = Learner(DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4), device=torch.device('cpu')), tiny(), loss_func=nn.CrossEntropyLoss(), cbs=cbs)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        return learn.model.state_dict()
+    without,again,zero,task = weights(),weights(),weights(DrlocCallback(0.)),weights(DrlocCallback(.1))
+    for same in (again, zero): assert all(torch.equal(without[k], same[k]) for k in without)
+    assert not all(torch.equal(without[k], task[k]) for k in without)
+    page = (nbs/'your_own_data.ipynb').read_text()
+    assert 'do not differ because of it' not in page and 'sends gradients too' in page
 
 # --- the five models of `any_backbone`
 
