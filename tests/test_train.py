@@ -10,7 +10,7 @@ from torch import nn
 from fastai.basics import Callback, CancelFitException, DataLoaders, L, Learner, set_seed
 from vt_drloc.evaluate import eval_main
 from vt_drloc.models import create_model, list_models, load_model
-from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
+from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, accuracy_curves, build, controls, decays, demo_cvt, main,
                             read_records, run_name, settings, side_task_error, train)
 
 small = Recipe(data='digits', model='demo_cvt', size=16, epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
@@ -198,6 +198,46 @@ def test_device_recorder_reports_the_mean():
         def after_batch(self): losses.append(self.loss.item())
     with learn.no_logging(): learn.fit(1, 1e-3, cbs=See())
     assert learn.recorder.values[0][0] == pytest.approx(sum(losses)/len(losses), rel=1e-5)
+
+# --- pages and curves
+
+def page_cell(start):
+    "Source of the one code cell of the chapter that starts with `start`"
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'10_train.ipynb').read_text())['cells']
+    found, = [s for c in cells if c['cell_type']=='code' and (s := ''.join(c['source'])).startswith(start)]
+    return found
+
+def test_the_figure_of_the_rate_shows_peak_and_drop():
+    "Its own x: the peak is reached, the jump lies at 20 and is what the text says"
+    import matplotlib; matplotlib.use('Agg')
+    import numpy as np, matplotlib.pyplot as plt
+    from vt_drloc.plots import PALETTE
+    exec(page_cell('#| fig-alt: "Learning rate over'), ns := dict(np=np, plt=plt, r=Recipe(), PALETTE=PALETTE))
+    x,y = ns['ax'].lines[0].get_data()
+    y = np.asarray(y)
+    assert max(y)==pytest.approx(5e-4, rel=1e-3) and x[0]==0 and x[-1]==100
+    jump = int(np.argmin(np.diff(y)))+1
+    assert x[jump]==20 and 1-y[jump]/max(y)==pytest.approx(.0945, abs=2e-3)
+    plt.close(ns['fig'])
+
+def test_curves_name_the_arm_that_ran():
+    "Nothing spoiled, changed or released passes for the paper's task; the words are those of the results"
+    from vt_drloc import evidence
+    def rec(seed=0, **kw): return dict(data=dict(name='digits'), recipe=vars(Recipe(data='digits', model='demo_cvt', seed=seed, **kw).check()), epochs=[dict(accuracy=.5)])
+    arms = [dict(drloc='none'), dict(drloc='paper'), dict(drloc='released'), dict(drloc='paper', control='permuted'), dict(drloc='paper', variant='ce'), dict(drloc='paper', m=32),
+            dict(drloc='paper', lambda_drloc=.5), dict(drloc='paper', schedule='cos'), dict(drloc='released', control='detached')]
+    recs = [rec(seed, **a) for a in arms for seed in (0,1)]
+    curves = accuracy_curves(recs, 'digits', 'demo_cvt')
+    assert list(curves)==[evidence.arm(r['recipe']) for r in recs[::2]] and all(len(v)==2 for v in curves.values())
+    assert 'with L_drloc, pool=2x2' in accuracy_curves([rec(drloc='paper', pool='2x2')], 'digits', 'demo_cvt')
+
+def test_curves_of_several_settings_are_refused():
+    def rec(**kw): return dict(data=dict(name='digits'), recipe=vars(Recipe(data='digits', model='demo_cvt', **kw).check()), epochs=[dict(accuracy=.5)])
+    for kw,why in ((dict(share=.1), 'share: 0.1, 1.0'), (dict(tfms='paper'), 'tfms: light, paper'), (dict(laid_out=300), 'laid_out: 100, 300'), (dict(bs=64, lr=1e-3), 'bs: 512, 64; lr')):
+        with pytest.raises(ValueError, match=f'records of digits, demo_cvt are of several settings \\({why}'): accuracy_curves([rec(), rec(drloc='paper', **kw)], 'digits', 'demo_cvt')
+    assert len(accuracy_curves([rec(), rec(laid_out=100, compile=True, seed=1)], 'digits', 'demo_cvt')['without'])==2
+    old = rec(); del old['recipe']['variant'], old['recipe']['laid_out'], old['recipe']['fast']        # from before there was a choice
+    assert len(accuracy_curves([rec(), old], 'digits', 'demo_cvt')['without'])==2
 
 # --- the console script
 

@@ -817,17 +817,34 @@ def read_records(
     folder = Path(folder) if folder else Path(vt_drloc.__file__).parents[1]/'nbs'/'results'/'runs'
     return [json.loads(f.read_text()) for f in sorted(folder.glob('*.json'))]
 
+def _arm(recipe):
+    "What a run did about the side task, in words"
+    r = {**asdict(Recipe()), **recipe}
+    if r['drloc']=='none': return 'without'
+    info = MODELS.get(r['model'])
+    lam = '' if r['lambda_drloc'] in (None, info and info.lambda_drloc) else f"lambda={r['lambda_drloc']:g}"
+    some = [(r['drloc'], r['drloc']!='paper'), (r['variant'], r['variant']!='drloc'), (r['control'], True), (r['schedule'], True), (f"m={r['m']}", r['m']!=64), (f"pool={r['pool']}", r['pool']!='auto'), (lam, True)]
+    return ', '.join(['with L_drloc', *(o for o,say in some if say and o)])
+
+# %% ../nbs/10_train.ipynb #48a455eb
+_free = {'seed','name','drloc','precision','compile','graphs','fast', *_task_alone}
+
+def _one_setting(recs, what):
+    "Refuse records that differ in more than arm and seed"
+    rs = [{**asdict(Recipe()), **r['recipe']} for r in recs]
+    for r in rs: r['laid_out'] = r['laid_out'] or r['epochs']
+    differ = {k: sorted({str(r[k]) for r in rs}) for k in asdict(Recipe()) if k not in _free and len({str(r[k]) for r in rs}) > 1}
+    if differ: raise ValueError(f"the records of {what} are of several settings ({'; '.join(f'{k}: '+', '.join(vs) for k,vs in differ.items())}): pass those of one")
+
 def accuracy_curves(
     records:list, # run records
     data:str, # name of the data set
     model:str # name of the model
 )->dict: # arm -> list of lists, accuracy in percent, one list a seed
-    "Accuracy by epoch for each arm, every seed"
-    res = {}
-    for r in records:
-        if r['data']['name']!=data or r['recipe']['model']!=model: continue
-        arm = 'without' if r['recipe']['drloc']=='none' else 'with L_drloc'
-        res.setdefault(arm, []).append([100*e['accuracy'] for e in r['epochs']])
+    "Accuracy by epoch for each arm, every seed; the records have to be of one setting"
+    res,mine = {},[r for r in records if r['data']['name']==data and r['recipe']['model']==model]
+    _one_setting(mine, f'{data}, {model}')
+    for r in mine: res.setdefault(_arm(r['recipe']), []).append([100*e['accuracy'] for e in r['epochs']])
     return res
 
 # %% ../nbs/10_train.ipynb #c1dd34ed
