@@ -1,5 +1,5 @@
 "What the tutorials rely on and do not show: grids the right way round, U-Nets under a tap, two processes, no fastai"
-import importlib, json, os, re, shlex, subprocess, sys
+import contextlib, importlib, json, os, re, shlex, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -108,6 +108,19 @@ def test_a_task_that_is_not_learnt_moves_the_weights_too():
     assert not all(torch.equal(without[k], task[k]) for k in without)
     page = (nbs/'your_own_data.ipynb').read_text()
     assert 'do not differ because of it' not in page and 'sends gradients too' in page
+
+def test_the_arms_of_the_page_differ_in_the_callback_alone():
+    "Each run gets a loader of its own: the generator of a shared one would go on, and the second arm would see another order"
+    made,learners = [],[]
+    class Fake:
+        def __init__(self, dls, *args, **kw): learners.append(dls)
+        def no_bar(self): return contextlib.nullcontext()
+        no_logging = no_bar
+        def fit_one_cycle(self, *args): pass
+    def get_dls(*args, **kw): made.append(torch.initial_seed()); return object()
+    ns = dict(set_seed=torch.manual_seed, get_dls=get_dls, Learner=Fake, new_model=lambda: None, CrossEntropyLossFlat=lambda: None, accuracy=None, folder=None, dls=object(), DrlocCallback=lambda **kw: None)
+    exec(page_cell('your_own_data', 'def run('), ns)
+    assert made==[0,0] and len(set(map(id, learners)))==2 and ns['dls'] not in learners
 
 # --- the five models of `any_backbone`
 
