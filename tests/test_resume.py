@@ -1,6 +1,7 @@
 "Interrupted runs: killed for real and resumed, several processes, half precision, damaged files"
 import json, os, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
+from types import SimpleNamespace
 import fastai, numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
@@ -10,7 +11,8 @@ import vt_drloc.models as models
 import vt_drloc.resume as mod
 import vt_drloc.train as tr
 from vt_drloc.callback import DrlocCallback
-from vt_drloc.resume import Checkpoints, ResumeError, checkpoints, go_on
+from vt_drloc.data import MemoryImages
+from vt_drloc.resume import Checkpoints, ResumeError, _row_sums, checkpoints, fingerprint, go_on
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build, precision_on, run_name, train
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -202,11 +204,31 @@ def test_what_else_must_not_have_changed(stopped, recipe, monkeypatch, change, m
     with pytest.raises(ResumeError, match=match): resume(stopped, recipe)
 
 def test_nothing_to_resume(tmp_path, recipe):
-    with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
     r = Recipe(**{**vars(recipe), 'epochs':1, 'bs':80, 'drloc':'none'})
     train(r, out=tmp_path, bar=False, device='cpu')
     with pytest.raises(ResumeError, match='complete'): resume(tmp_path, r)
     with pytest.raises(ValueError, match='give `out`'): build(r, bar=False, device='cpu', minutes=1.)
+
+def test_the_first_time_resume_begins(tmp_path, runs, recipe, capsys):
+    "One command for the first time and every time after; it says what it does, and what waits under other names"
+    (tmp_path/'other-s0.00000004.ckpt').write_bytes(b'')
+    out = tmp_path/'new'/'folder'
+    learn = resume(out, recipe)
+    assert f'nothing of {name} in {out} to go on from: it starts at the beginning\n' in capsys.readouterr().out
+    assert same(learn.model.state_dict(), outcome(runs[0]/'alone')[0]) and 'resumed' not in outcome(out)[2]
+    with pytest.raises(ResumeError, match='complete'): resume(out, recipe)
+    (tmp_path/f'{name}.json').write_text(json.dumps(dict(status='cut short', recipe={}, epochs=[])))     # killed before its first checkpoint
+    tr._start(None, tmp_path/name, True)
+    assert 'it starts at the beginning; there are checkpoints of other-s0\n' in capsys.readouterr().out
+
+@pytest.mark.parametrize('kind,lies', [('json', dict(epochs=[dict(accuracy=.5)])), ('json', dict(epochs=[], stopped=dict(why='time limit'))), ('safetensors', None)])
+def test_resume_does_not_begin_over_what_lies_there(kind, lies, tmp_path, recipe):
+    "Epochs of a run whose checkpoints are gone, or weights without a record"
+    file = tmp_path/f'{name}.{kind}'
+    file.write_text(json.dumps(dict(status='cut short', recipe={}, **lies)) if lies else 'weights')
+    was = file.read_bytes()
+    with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
+    assert file.read_bytes()==was
 
 def test_time_limit(tmp_path, runs, recipe, capsys):
     settings = dict(common, data=recipe.data)
@@ -219,6 +241,43 @@ def test_time_limit(tmp_path, runs, recipe, capsys):
     learn = resume(tmp_path, recipe)
     (w,_,_),(w2,_,rec) = outcome(runs[0]/'alone'),outcome(tmp_path)
     assert same(w, w2) and rec['status']=='complete' and 'stopped' not in rec and [r['step'] for r in rec['resumed']]==[1,2]
+
+def memory(n=600, hw=(9,7), **kw):
+    g = torch.Generator().manual_seed(0)
+    ds = [MemoryImages(torch.randint(256, (k,3,*hw), dtype=torch.uint8, generator=g), torch.randint(4, (k,), generator=g), list('abcd'), i, **kw) for i,k in enumerate((n,20))]
+    return [SimpleNamespace(dataset=d) for d in ds]
+
+def test_the_fingerprint_sees_every_pixel_and_label():
+    "Any bit of any image, in training and validation; two images that changed places; a label. 189 bytes an image: not a multiple of 8"
+    was,state = fingerprint(memory()),torch.get_rng_state()
+    assert was==fingerprint(memory()) and torch.equal(state, torch.get_rng_state())
+    for which,i,c,r,q in ((0,1,0,0,0), (0,2,2,8,6), (0,599,1,4,3), (1,19,2,8,6)):
+        dls = memory()
+        dls[which].dataset.x[i,c,r,q] ^= 128
+        assert fingerprint(dls)!=was, (which,i,c,r,q)
+    for change in (lambda d: d.x[[3,4]].flip(0), lambda d: d.x.flip(-1)):
+        dls = memory(); d = dls[0].dataset
+        new = change(d)
+        d.x[3:5] = new if len(new)==2 else new[3:5]
+        assert fingerprint(dls)!=was
+    dls = memory(); dls[0].dataset.y[7] = (dls[0].dataset.y[7]+1)%4
+    assert fingerprint(dls)!=was
+
+def test_the_fingerprint_of_a_mapped_set_reads_some_images():
+    "Its limit, as the chapter says it: every second of 600 images"
+    def changed(i):
+        dls = memory(held='mapped')
+        dls[0].dataset.x[i] ^= 1
+        return fingerprint(dls)
+    assert changed(2)!=fingerprint(memory(held='mapped'))==changed(1)
+
+def test_the_fingerprint_is_quick():
+    "30 MB in well under a second, so CIFAR's 150 MB hold nobody up; in one piece or in many, the same sums"
+    x = torch.randint(256, (10_000,3,32,32), dtype=torch.uint8)
+    start = time.perf_counter()
+    sums = _row_sums(x)
+    assert time.perf_counter()-start < 2
+    assert torch.equal(sums, torch.cat([_row_sums(o) for o in x.split(777)])) and len(set(sums.tolist()))==len(x)
 
 def test_differences():
     assert mod.differences(dict(a=1, b=dict(c=[1,2])), dict(a=1., b=dict(c=[1,2])))==[]      # 1 from the one caller, 1.0 from the other

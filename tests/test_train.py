@@ -1,13 +1,16 @@
 "The training program: protocol, optimizer, records, console script"
 import json, math, subprocess, sys
+from dataclasses import fields, replace
 from pathlib import Path
 import pytest, torch
+from fastcore.script import anno_parser
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from fastai.basics import Callback, CancelFitException, DataLoaders, L, Learner, set_seed
-from vt_drloc.models import create_model, load_model
-from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, build, controls, decays, demo_cvt, main,
+from vt_drloc.evaluate import eval_main
+from vt_drloc.models import create_model, list_models, load_model
+from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, accuracy_curves, build, controls, decays, demo_cvt, main,
                             read_records, run_name, settings, side_task_error, train)
 
 small = Recipe(data='digits', model='demo_cvt', size=16, epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
@@ -196,6 +199,46 @@ def test_device_recorder_reports_the_mean():
     with learn.no_logging(): learn.fit(1, 1e-3, cbs=See())
     assert learn.recorder.values[0][0] == pytest.approx(sum(losses)/len(losses), rel=1e-5)
 
+# --- pages and curves
+
+def page_cell(start):
+    "Source of the one code cell of the chapter that starts with `start`"
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'10_train.ipynb').read_text())['cells']
+    found, = [s for c in cells if c['cell_type']=='code' and (s := ''.join(c['source'])).startswith(start)]
+    return found
+
+def test_the_figure_of_the_rate_shows_peak_and_drop():
+    "Its own x: the peak is reached, the jump lies at 20 and is what the text says"
+    import matplotlib; matplotlib.use('Agg')
+    import numpy as np, matplotlib.pyplot as plt
+    from vt_drloc.plots import PALETTE
+    exec(page_cell('#| fig-alt: "Learning rate over'), ns := dict(np=np, plt=plt, r=Recipe(), PALETTE=PALETTE))
+    x,y = ns['ax'].lines[0].get_data()
+    y = np.asarray(y)
+    assert max(y)==pytest.approx(5e-4, rel=1e-3) and x[0]==0 and x[-1]==100
+    jump = int(np.argmin(np.diff(y)))+1
+    assert x[jump]==20 and 1-y[jump]/max(y)==pytest.approx(.0945, abs=2e-3)
+    plt.close(ns['fig'])
+
+def test_curves_name_the_arm_that_ran():
+    "Nothing spoiled, changed or released passes for the paper's task; the words are those of the results"
+    from vt_drloc import evidence
+    def rec(seed=0, **kw): return dict(data=dict(name='digits'), recipe=vars(Recipe(data='digits', model='demo_cvt', seed=seed, **kw).check()), epochs=[dict(accuracy=.5)])
+    arms = [dict(drloc='none'), dict(drloc='paper'), dict(drloc='released'), dict(drloc='paper', control='permuted'), dict(drloc='paper', variant='ce'), dict(drloc='paper', m=32),
+            dict(drloc='paper', lambda_drloc=.5), dict(drloc='paper', schedule='cos'), dict(drloc='released', control='detached')]
+    recs = [rec(seed, **a) for a in arms for seed in (0,1)]
+    curves = accuracy_curves(recs, 'digits', 'demo_cvt')
+    assert list(curves)==[evidence.arm(r['recipe']) for r in recs[::2]] and all(len(v)==2 for v in curves.values())
+    assert 'with L_drloc, pool=2x2' in accuracy_curves([rec(drloc='paper', pool='2x2')], 'digits', 'demo_cvt')
+
+def test_curves_of_several_settings_are_refused():
+    def rec(**kw): return dict(data=dict(name='digits'), recipe=vars(Recipe(data='digits', model='demo_cvt', **kw).check()), epochs=[dict(accuracy=.5)])
+    for kw,why in ((dict(share=.1), 'share: 0.1, 1.0'), (dict(tfms='paper'), 'tfms: light, paper'), (dict(laid_out=300), 'laid_out: 100, 300'), (dict(bs=64, lr=1e-3), 'bs: 512, 64; lr')):
+        with pytest.raises(ValueError, match=f'records of digits, demo_cvt are of several settings \\({why}'): accuracy_curves([rec(), rec(drloc='paper', **kw)], 'digits', 'demo_cvt')
+    assert len(accuracy_curves([rec(), rec(laid_out=100, compile=True, seed=1)], 'digits', 'demo_cvt')['without'])==2
+    old = rec(); del old['recipe']['variant'], old['recipe']['laid_out'], old['recipe']['fast']        # from before there was a choice
+    assert len(accuracy_curves([rec(), old], 'digits', 'demo_cvt')['without'])==2
+
 # --- the console script
 
 def test_wrong_names_get_the_right_ones():
@@ -203,6 +246,58 @@ def test_wrong_names_get_the_right_ones():
         with pytest.raises(SystemExit, match=near): main(**kw)
     for kw in (dict(m=0), dict(lambda_drloc=-1., drloc='paper'), dict(epochs=0), dict(lr=-1.)):
         with pytest.raises(SystemExit, match=next(iter(kw))): main(**kw)
+
+@pytest.mark.parametrize('k,bad', [('clip',-1.), ('wd',-1.), ('mom',2.), ('sqr_mom',1.), ('eps',0.), ('lr_floor',-1e-6), ('lr_start',-1.), ('warmup',-1.), ('drop_path',1.), ('size',0),
+                                   ('heldout',-5), ('share',0.), ('lr',math.nan), ('lr',math.inf), ('wd',math.nan), ('lambda_drloc',math.nan), ('lambda_drloc',-1.), ('m',0)])
+def test_numbers_that_cannot_be_meant(k, bad):
+    "An error that names the setting and its value, before any image is read"
+    with pytest.raises(ValueError, match=f'^{k}={bad}: '): Recipe(drloc='paper', **{k:bad}).check()
+
+@pytest.mark.parametrize('kw', [dict(clip=0), dict(wd=0), dict(mom=0), dict(warmup=0), dict(lr_start=0, lr_floor=0), dict(drop_path=.9), dict(share=1), dict(lambda_drloc=0, drloc='paper')])
+def test_the_ends_of_the_limits_are_allowed(kw): Recipe(**kw).check()
+
+@pytest.mark.parametrize('kw', [dict(lambda_drloc=.5), dict(m=32), dict(pool='2x2'), dict(variant='ce'), dict(control='permuted'), dict(schedule='cos')])
+def test_settings_of_the_side_task_need_one(kw):
+    "Or the baseline would be trained in its place without a word"
+    k = next(iter(kw))
+    with pytest.raises(ValueError, match=f"^{k}=.* without a side task: add drloc='paper' \\(--drloc paper\\)"): Recipe(**kw).check()
+    assert getattr(Recipe(drloc='paper', **kw).check(), k) == kw[k]
+    assert Recipe(lambda_drloc=.5, drloc='paper').check().check() and Recipe().check().check()        # what `check` gives can be checked again
+
+def test_a_warm_up_longer_than_the_schedule():
+    with pytest.raises(ValueError, match='warmup=200 is longer than the schedule of 1 epochs'): Recipe(warmup=200, epochs=1).check()
+    for kw in (dict(warmup=2, epochs=2), dict(warmup=30, epochs=10, laid_out=300)): Recipe(**kw).check()
+    with pytest.warns(UserWarning, match='20 epochs and the schedule has 2.*--warmup'): build(replace(small, warmup=Recipe.warmup), bar=False, device='cpu')
+
+def test_what_was_run_and_is_planned_passes_the_check():
+    "All committed records, plans and settings of the benchmarks"
+    from vt_drloc.bench import PLANS, SWEEP, quick
+    from vt_drloc.evidence import read_plan
+    known,recs = {f.name for f in fields(Recipe)},read_records()
+    for r in recs: Recipe(**{k:v for k,v in r['recipe'].items() if k in known}).check()
+    plans = sorted((Path(__file__).parents[1]/'nbs'/'results'/'plans').glob('*.txt'))
+    assert len(recs) >= 70 and len(plans) >= 8 and all(read_plan(p) for p in plans)
+    for plan in PLANS.values():
+        for changes in SWEEP.values():
+            kw = {k:v for k,v in {**quick, 'model':plan.model, **plan.recipe, **changes}.items() if k!='net'}
+            if kw['drloc']=='none' and 'lambda_drloc' in changes: continue          # no variation: a peer without the side task
+            if kw['model'] not in list_models(): kw['model'] = 'cvt_mini'       # a peer, from a package that may not be here
+            for e in (dict(epochs=36), dict(epochs=3, warmup=0)): Recipe(**{**kw, **e}).check()
+
+def test_help_describes_the_flag_that_it_shows():
+    "`--no-graphs` must not read like the promise of graphs"
+    flags = [a for a in anno_parser(main.__wrapped__)._actions if any(o.startswith('--no-') for o in a.option_strings)]
+    assert {a.option_strings[0] for a in flags} == {'--no-mix','--no-bar','--no-graphs','--no-fast'}
+    for a in flags: assert f'on unless {a.option_strings[0]} is given' in a.help if a.default else a.help.startswith(('without ','one line ')), a.help
+
+def test_eval_asks_for_the_checkpoint_alone():
+    "Its photos are optional: not named where FILE is missing, and empty where none is given"
+    run = [Path(sys.executable).parent/'vt_drloc_eval']
+    said = subprocess.run(run, capture_output=True, text=True)
+    assert said.returncode==2 and said.stderr.strip().endswith('the following arguments are required: file')
+    parse = anno_parser(eval_main.__wrapped__).parse_args
+    assert not parse(['w.safetensors']).photos and list(parse(['w.safetensors','a.jpg','b.jpg']).photos)==['a.jpg','b.jpg']
+    assert 'score it' in subprocess.run([*run, '--help'], capture_output=True, text=True).stdout
 
 def test_help():
     out = subprocess.run([Path(sys.executable).parent/'vt_drloc_train', '--help'], capture_output=True, text=True).stdout

@@ -1,8 +1,10 @@
 "What the tutorials rely on and do not show: grids the right way round, U-Nets under a tap, two processes, no fastai"
-import json, os, subprocess, sys
+import contextlib, importlib, json, os, re, shlex, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
+from fastcore.script import anno_parser
 from vt_drloc.hybrid import CvT, as_backbone
 from vt_drloc.loss import DrlocLoss
 
@@ -20,6 +22,105 @@ def page_classes():
     ns = dict(nn=nn, DrlocLoss=DrlocLoss, as_backbone=as_backbone)
     for name in ('Joint','Hooked'): exec(page_cell('plain_pytorch', f'class {name}('), ns)
     return ns['Joint'],ns['Hooked']
+
+# --- commands that a reader copies
+
+def commands(text):
+    "Command lines of this project in a shell text, as words: the program's name first"
+    found = re.findall(r'^[ \t]*(?:[!$][ \t]*)?(?:[\w./-]*/)?(?:(vt_drloc_\w+)|python3? -m (vt_drloc\.\w+))((?:[ \t][^\n]*)?)$', text.replace('\\\n', ' '), re.M)
+    for prog,module,rest in found: yield [prog or module, *shlex.split(re.split(r'[|>;&]', rest)[0], comments=True)]
+
+def shell_texts(cell):
+    "What of a cell goes to a shell: fenced blocks, and lines that begin with `!`"
+    text = ''.join(cell['source'])
+    if cell['cell_type']=='markdown': return re.findall(r'^```\{?\.?(?:sh|bash|shell|console|text|python)?\}?\n(.*?)^```', text, re.M|re.S)
+    lines = text.replace('\\\n', ' ').splitlines()
+    return [text] if text.startswith(('%%bash','%%sh')) else [l.lstrip() for l in lines if l.lstrip().startswith('!')]
+
+def all_commands():
+    root = nbs.parents[1]
+    for page in sorted((root/'nbs').rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in page.parts: continue
+        for cell in json.loads(page.read_text())['cells']:
+            for text in shell_texts(cell):
+                for words in commands(text): yield str(page.relative_to(root)),words
+    for text in shell_texts(dict(cell_type='markdown', source=(root/'README.md').read_text())):
+        for words in commands(text): yield 'README.md',words
+
+programs = dict(vt_drloc_train=('train','main'), vt_drloc_eval=('evaluate','eval_main'), vt_drloc_demo=('train','demo_main'))
+
+def parsed(words):
+    "What a command's own parser makes of it; raises where it would refuse"
+    module,fn = programs.get(words[0]) or (words[0].removeprefix('vt_drloc.'),'main')
+    parser = anno_parser(getattr(importlib.import_module(f'vt_drloc.{module}'), fn).__wrapped__, prog=words[0])
+    def error(why): raise ValueError(f"{' '.join(words)}: {why}")
+    parser.error = error
+    return parser.parse_args(words[1:])
+
+def test_every_command_that_a_page_shows_is_one():
+    "An option that does not exist, in a fenced block or a shell cell of any page"
+    found = list(all_commands())
+    assert len(found) >= 15 and {'README.md','nbs/tutorials/fine_tuning.ipynb','nbs/tutorials/interrupted_runs.ipynb'} <= {p for p,_ in found}
+    for page,words in found:
+        try: parsed(words)
+        except ValueError as e: pytest.fail(f'{page}: {e}')
+    with pytest.raises(ValueError, match='no_mix'): parsed(next(commands('.venv/bin/vt_drloc_train --data few --no_mix # so')))
+
+def test_the_cell_for_colab_works_on_a_fresh_machine_and_again():
+    "It installs from where settings.ini says, under the same constraints as the first cell of every page, and goes on or begins"
+    cfg = ConfigParser(delimiters=['=']); cfg.read(nbs.parents[1]/'settings.ini', encoding='utf-8'); cfg = cfg['DEFAULT']
+    cells = json.loads((nbs/'interrupted_runs.ipynb').read_text())['cells']
+    block, = [b for c in cells if c['cell_type']=='markdown' for b in re.findall(r'^```python\n(.*?)^```', ''.join(c['source']), re.M|re.S)]
+    assert f"pip install -q -c /tmp/keep.txt git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}\n" in block
+    keep = "with open('/tmp/keep.txt', 'w') as f: f.writelines("
+    assert next(l for l in block.splitlines() if l.startswith(keep)) in ''.join(cells[0]['source'])
+    words, = commands(block)
+    got = parsed(words)
+    assert got.resume and got.save_every and got.minutes and got.out.startswith('/content/drive/')
+
+# --- `your_own_data`
+
+def test_the_page_shows_images_of_every_class():
+    "The judged images are sorted by class: what is shown is spread over all of them"
+    from types import SimpleNamespace
+    y = torch.arange(150)//30
+    shown,batches = [],[(torch.zeros(50,3,4,4), o) for o in y.split(50)]
+    class Loader(list):
+        def one_batch(self): return self[0]
+    plt = SimpleNamespace(subplots=lambda r, c, **kw: (None, np.empty((r,c))))
+    dls = SimpleNamespace(valid=Loader(batches), info=SimpleNamespace(mean=[0.]*3, std=[1.]*3), train=SimpleNamespace(dataset=SimpleNamespace(vocab='abcde')))
+    exec(page_cell('your_own_data', '#| fig-alt: "Ten small crops'), dict(torch=torch, dls=dls, plt=plt, show_image=lambda im, ax, name: shown.append(name)))
+    assert sorted(shown)==list('aabbccddee')
+
+def test_a_task_that_is_not_learnt_moves_the_weights_too():
+    "What the page says of its two accuracies: one seed, and the callback alone sets them apart"
+    from fastai.basics import DataLoader, DataLoaders, Learner, set_seed
+    from vt_drloc.callback import DrlocCallback
+    set_seed(0)
+    ds = [(x, i%3) for i,x in enumerate(torch.randn(8,3,16,16))]
+    def weights(cbs=None):
+        set_seed(0)
+        learn = Learner(DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4), device=torch.device('cpu')), tiny(), loss_func=nn.CrossEntropyLoss(), cbs=cbs)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        return learn.model.state_dict()
+    without,again,zero,task = weights(),weights(),weights(DrlocCallback(0.)),weights(DrlocCallback(.1))
+    for same in (again, zero): assert all(torch.equal(without[k], same[k]) for k in without)
+    assert not all(torch.equal(without[k], task[k]) for k in without)
+    page = (nbs/'your_own_data.ipynb').read_text()
+    assert 'do not differ because of it' not in page and 'sends gradients too' in page
+
+def test_the_arms_of_the_page_differ_in_the_callback_alone():
+    "Each run gets a loader of its own: the generator of a shared one would go on, and the second arm would see another order"
+    made,learners = [],[]
+    class Fake:
+        def __init__(self, dls, *args, **kw): learners.append(dls)
+        def no_bar(self): return contextlib.nullcontext()
+        no_logging = no_bar
+        def fit_one_cycle(self, *args): pass
+    def get_dls(*args, **kw): made.append(torch.initial_seed()); return object()
+    ns = dict(set_seed=torch.manual_seed, get_dls=get_dls, Learner=Fake, new_model=lambda: None, CrossEntropyLossFlat=lambda: None, accuracy=None, folder=None, dls=object(), DrlocCallback=lambda **kw: None)
+    exec(page_cell('your_own_data', 'def run('), ns)
+    assert made==[0,0] and len(set(map(id, learners)))==2 and ns['dls'] not in learners
 
 # --- the five models of `any_backbone`
 

@@ -10,6 +10,7 @@ __all__ = ['score', 'find_record', 'images_for', 'check_record', 'prepare', 'nam
 # %% ../nbs/17_evaluate.ipynb #83de1325
 import json, sys
 from pathlib import Path
+from typing import Annotated
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.script import call_parse
@@ -126,7 +127,7 @@ def _vocab(head, data, path):
 @call_parse
 def eval_main(
     file:str, # checkpoint (safetensors), as vt_drloc_train leaves it
-    *photos:str, # image files to name instead of scoring
+    *photos:Annotated[str, dict(default=(), help='image files to name instead of scoring; none: score it')], # image files to name instead of scoring
     data:str=None, # data set or folder (default: the one it was trained on)
     path:str=None, # where the data lies (default: fastai's data folder)
     heldout:int=None, # judge on this many held-out training images (default: as in the training)

@@ -237,16 +237,30 @@ def differences(
         elif a != b: res.append(f'{k}: {a} in the checkpoint, {b} now')
     return res
 
+# %% ../nbs/20_resume.ipynb #35f3d03f
+def _row_sums(
+    x:torch.Tensor # (N, ...), of any type
+)->torch.Tensor: # (N,) int64, on the CPU
+    "A checksum of each row, taken where it lies"
+    def rows(o): return o.flatten(1).contiguous().view(torch.uint8)
+    if not x.numel(): return torch.zeros(len(x), dtype=torch.int64)
+    n = rows(x[:1]).shape[1]
+    lanes = -(-n//8)
+    odd = (2*torch.randint(2**61, (lanes,), generator=torch.Generator().manual_seed(0)) + 1).to(x.device)
+    parts = x.split(max(1, 2**26//(8*lanes)))
+    return torch.cat([(nn.functional.pad(rows(o), (0,8*lanes-n)).view(torch.int64)*odd).sum(1) for o in parts]).cpu()
+
 # %% ../nbs/20_resume.ipynb #35f3d040
 def fingerprint(
     dls:DataLoaders # training and validation
 )->str:
-    "A checksum of all labels and some images"
+    "A checksum of all labels and of all pixels held in memory; of up to 256 images of a mapped set; of images in files, of their names and classes"
     h = hashlib.blake2b(digest_size=8)
     for dl in dls:
         ds = dl.dataset
-        some = range(0, len(ds), max(1, len(ds)//256))
-        if hasattr(ds, 'x') and torch.is_tensor(ds.x): parts = [ds.y, ds.x[torch.tensor(list(some), device=ds.x.device)]]
+        if hasattr(ds, 'x') and torch.is_tensor(ds.x):
+            x = ds.x[torch.arange(0, len(ds), max(1, len(ds)//256))] if getattr(ds, 'held', '')=='mapped' else ds.x
+            parts = [ds.y, str([tuple(ds.x.shape), str(ds.x.dtype)]), _row_sums(x)]
         else: parts = [str([(Path(str(f)).name, str(c)) for f,c in ds.items])] if hasattr(ds, 'items') else [str(len(ds))]
         for p in parts: h.update(p.encode() if isinstance(p, str) else p.detach().cpu().contiguous().numpy())
     return h.hexdigest()

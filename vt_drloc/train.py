@@ -12,7 +12,7 @@ __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'Deca
            'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
-import contextlib, json, math, os, platform, sys, time
+import contextlib, glob, json, math, os, platform, sys, time
 from dataclasses import dataclass, asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -80,8 +80,8 @@ class Recipe:
     heldout:int = 0               # judge on this many training images instead of the test set
     precision:str = 'auto'        # bf16, fp16 or float32; auto: bf16 on GPUs that have it, else fp16; float32 on the CPU
     compile:bool = False          # compile model and side task: slower start, faster steps
-    graphs:bool = True            # with compile, on one GPU: replay each pass as a CUDA graph instead of starting its kernels one by one
-    fast:bool = True              # on a GPU: window attention in one kernel, and drop path that computes only what it keeps
+    graphs:bool = True            # CUDA graphs, with compile on one GPU: passes are replayed, not started kernel by kernel; on unless --no-graphs is given
+    fast:bool = True              # faster parts on a GPU: window attention in one kernel, drop path that computes only what it keeps; on unless --no-fast is given
     name:str = ''                 # of the run's files; left open: made from the settings
 
 # %% ../nbs/10_train.ipynb #27f2d763
@@ -97,6 +97,36 @@ def _known(what, name, names):
     near = get_close_matches(str(name), names, 1)
     raise ValueError(f"unknown {what} {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Right ones: {', '.join(names)}")
 
+# %% ../nbs/10_train.ipynb #4c1d0a31
+_limits = [(('epochs','bs','lr','eps'), lambda v: v > 0, 'must be above 0'),
+           (('m',), lambda v: v >= 1, 'at least one pair an image is needed; the paper uses m=64'),
+           (('lr_start','lr_floor','warmup','wd','clip','heldout'), lambda v: v >= 0, 'must be 0 (none) or above'),
+           (('mom','sqr_mom'), lambda v: 0 <= v < 1, "must be from 0 to below 1; the paper's are mom=0.9 and sqr_mom=0.999"),
+           (('drop_path',), lambda v: 0 <= v < 1, 'must be from 0 (none) to below 1'),
+           (('lambda_drloc',), lambda v: v >= 0, "the weight of the side task must be 0 or above; the paper's is 0.1, for Swin 0.5"),
+           (('size',), lambda v: v >= 1, 'an image side is at least one pixel'),
+           (('share',), lambda v: 0 < v <= 1, 'a share of the training images is above 0 and at most 1; 0.1 is a tenth')]
+
+def _in_limits(r):
+    "Refuse numbers that cannot be meant"
+    for names,ok,why in _limits:
+        for k in names:
+            v = getattr(r, k)
+            if v is not None and not (math.isfinite(v) and ok(v)): raise ValueError(f'{k}={v}: {why}')
+
+# %% ../nbs/10_train.ipynb #4c1d0a33
+_task_alone = 'variant','control','schedule','lambda_drloc','m','pool'
+
+def _fits(r):
+    "Refuse settings that do not go together"
+    default = {f.name: f.default for f in fields(r)}
+    for k in _task_alone if r.drloc=='none' else ():
+        if (v := getattr(r, k)) != default[k]: raise ValueError(f"{k}={v!r} without a side task: add drloc='paper' (--drloc paper), or leave {k} out")
+    if r.laid_out is not None and r.laid_out < r.epochs:
+        raise ValueError(f"laid_out={r.laid_out}: the schedule cannot be shorter than the run of {r.epochs} epochs")
+    if r.warmup != default['warmup'] and r.warmup > (r.laid_out or r.epochs):
+        raise ValueError(f"warmup={r.warmup:g} is longer than the schedule of {r.laid_out or r.epochs} epochs: the rate would never reach its peak; the paper's warm-up is a fifth of the schedule")
+
 # %% ../nbs/10_train.ipynb #037ac160
 def _checked(r):
     "Refuse names and numbers that cannot be run"
@@ -105,14 +135,8 @@ def _checked(r):
         _known(what, name, names)
     get_tfms(r.tfms) # refuses what it does not know and names the rest
     if not Path(r.data).is_dir(): _known('data set', r.data, list_data())
-    for k in ('epochs','bs','lr'):
-        if not getattr(r, k) > 0: raise ValueError(f"{k}={getattr(r, k)}: must be above 0")
-    if r.m < 1: raise ValueError(f"m={r.m}: at least one pair an image is needed; the paper uses m=64")
-    if r.laid_out is not None and r.laid_out < r.epochs:
-        raise ValueError(f"laid_out={r.laid_out}: the schedule cannot be shorter than the run of {r.epochs} epochs")
-    for k,v in (('variant',r.variant!='drloc'),('control',bool(r.control)),('schedule',bool(r.schedule))):
-        if v and r.drloc=='none': raise ValueError(f"{k}={getattr(r, k)!r} without a side task: add drloc='paper'")
-    if not 0 < r.share <= 1: raise ValueError(f"share={r.share}: a share of the training images is above 0 and at most 1; 0.1 is a tenth")
+    _in_limits(r)
+    _fits(r)
     if Path(r.name).name != r.name: raise ValueError(f"name={r.name!r}: a name for files, not a path; the folder is `out`")
     if r.pretrained not in ('','imagenet') and not Path(r.pretrained).is_file():
         raise ValueError(f"pretrained={r.pretrained!r}: there is no such file; give a checkpoint, or 'imagenet' for public weights")
@@ -124,7 +148,6 @@ def check(self:Recipe)->Recipe:
     _checked(self)
     info = model_info(self.model)
     lam = info.lambda_drloc if self.lambda_drloc is None else self.lambda_drloc
-    if lam < 0: raise ValueError(f"lambda_drloc={lam}: the weight of the side task must be >= 0")
     return replace(self, lambda_drloc=lam if self.drloc!='none' else None, size=self.size or info.size,
                    drop_path=info.drop_path if self.drop_path is None else self.drop_path)
 
@@ -636,12 +659,13 @@ def build(
     probe:int=None, # training steps of the probe of position at the end; `None`: 600 on a GPU, none on a CPU
     save_every:str=None, # write a checkpoint every so many steps ('500') or so often ('90s', '10m', '2h')
     minutes:float=None, # stop after this time, with a checkpoint
-    resume:bool=False, # go on from the newest checkpoint in `out`
+    resume:bool=False, # go on from the newest checkpoint in `out`, or begin where there is none yet
     **data_kw # further arguments of `get_dls`
 )->Learner:
     "A `Learner` that runs a recipe"
     r,device = recipe.check(),torch.device(device or default_device())
     if not out and (save_every or minutes or resume): raise ValueError("save_every, minutes and resume write to or read from a folder: give `out`")
+    if r.warmup > (r.laid_out or r.epochs): warn(f"the warm-up takes {r.warmup:g} epochs and the schedule has {r.laid_out or r.epochs}: the learning rate never reaches its peak; set warmup (--warmup), a fifth of the epochs for instance")
     set_seed(r.seed)
     tfms = get_tfms(r.tfms, r.size, flip=r.data!='digits')
     with rank0_before_others(): dls = get_dls(r.data, bs=r.bs, size=r.size, batch_tfms=tfms, device=device, heldout=r.heldout, **data_kw)
@@ -673,21 +697,35 @@ def _guard(record, recipe):
                          "give this one a name (--name) or a folder of its own (--out)")
 
 # %% ../nbs/10_train.ipynb #d118c6d9
+def _begun(stem):
+    "Is there anything of a run that a new start would lose?"
+    record = Path(f'{stem}.json')
+    rec = json.loads(record.read_text()) if record.exists() else {}
+    others = [f for f in stem.parent.glob(f'{glob.escape(stem.name)}.*') if f!=record and f.suffix!='.tmp']
+    return bool(rec.get('epochs') or rec.get('stopped') or others)
+
+def _anew(stem):
+    "Say that a run which was to go on starts at the beginning, and what else waits in its folder"
+    waiting = sorted({f.name.rsplit('.', 2)[0] for f in stem.parent.glob('*.ckpt')})
+    print(f"nothing of {stem.name} in {stem.parent} to go on from: it starts at the beginning" + (f"; there are checkpoints of {', '.join(waiting)}" if waiting else ''))
+
+# %% ../nbs/10_train.ipynb #9d1f0b21
 def _start(learn, stem, resume):
-    "Go on from a checkpoint if asked to; refuse to begin anew over one"
+    "Go on from a checkpoint if asked to and if there is a beginning; refuse to begin anew over one"
     files,record = checkpoints(stem),Path(f'{stem}.json')
     if not resume:
         if files: raise ResumeError(f"{files[0]} is a checkpoint of a run that is not finished: go on with resume=True (--resume), or remove {stem}.*.ckpt to begin anew")
     elif not files and record.exists() and json.loads(record.read_text())['status']=='complete':
         raise ResumeError(f"{record} is complete: there is nothing to resume")
-    else: go_on(learn)
+    elif files or _begun(stem): go_on(learn)
+    elif not _rank(): _anew(stem)
 
 # %% ../nbs/10_train.ipynb #2c444eaf
 def train(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
     device=None, # 'cuda', 'cpu'; `None`: a GPU if there is one
-    resume:bool=False, # go on from the newest checkpoint in `out`
+    resume:bool=False, # go on from the newest checkpoint in `out`, or begin where there is none yet
     **kwargs # further arguments of `build`
 )->Learner:
     "Run a recipe from start to end, or from its newest checkpoint"
@@ -732,7 +770,7 @@ def main(
     device:str=None, # cuda or cpu (default: a GPU if there is one)
     save_every:str=None, # write a checkpoint every so many steps (500) or so often (90s, 10m, 2h)
     minutes:float=None, # stop after this time, with a checkpoint
-    resume:bool=False, # go on from the newest checkpoint in the folder; everything else as the first time
+    resume:bool=False, # go on from the newest checkpoint of this run in the folder, or begin where there is none yet; all else as the first time
     beside:int=1, # how many runs share the GPU, for the record
     probe:int=None, # training steps of the probe of position at the end (default: 600 on a GPU, none on a CPU)
     no_mix:bool=False, # without mixup, cutmix and label smoothing
@@ -779,17 +817,34 @@ def read_records(
     folder = Path(folder) if folder else Path(vt_drloc.__file__).parents[1]/'nbs'/'results'/'runs'
     return [json.loads(f.read_text()) for f in sorted(folder.glob('*.json'))]
 
+def _arm(recipe):
+    "What a run did about the side task, in words"
+    r = {**asdict(Recipe()), **recipe}
+    if r['drloc']=='none': return 'without'
+    info = MODELS.get(r['model'])
+    lam = '' if r['lambda_drloc'] in (None, info and info.lambda_drloc) else f"lambda={r['lambda_drloc']:g}"
+    some = [(r['drloc'], r['drloc']!='paper'), (r['variant'], r['variant']!='drloc'), (r['control'], True), (r['schedule'], True), (f"m={r['m']}", r['m']!=64), (f"pool={r['pool']}", r['pool']!='auto'), (lam, True)]
+    return ', '.join(['with L_drloc', *(o for o,say in some if say and o)])
+
+# %% ../nbs/10_train.ipynb #48a455eb
+_free = {'seed','name','drloc','precision','compile','graphs','fast', *_task_alone}
+
+def _one_setting(recs, what):
+    "Refuse records that differ in more than arm and seed"
+    rs = [{**asdict(Recipe()), **r['recipe']} for r in recs]
+    for r in rs: r['laid_out'] = r['laid_out'] or r['epochs']
+    differ = {k: sorted({str(r[k]) for r in rs}) for k in asdict(Recipe()) if k not in _free and len({str(r[k]) for r in rs}) > 1}
+    if differ: raise ValueError(f"the records of {what} are of several settings ({'; '.join(f'{k}: '+', '.join(vs) for k,vs in differ.items())}): pass those of one")
+
 def accuracy_curves(
     records:list, # run records
     data:str, # name of the data set
     model:str # name of the model
 )->dict: # arm -> list of lists, accuracy in percent, one list a seed
-    "Accuracy by epoch for each arm, every seed"
-    res = {}
-    for r in records:
-        if r['data']['name']!=data or r['recipe']['model']!=model: continue
-        arm = 'without' if r['recipe']['drloc']=='none' else 'with L_drloc'
-        res.setdefault(arm, []).append([100*e['accuracy'] for e in r['epochs']])
+    "Accuracy by epoch for each arm, every seed; the records have to be of one setting"
+    res,mine = {},[r for r in records if r['data']['name']==data and r['recipe']['model']==model]
+    _one_setting(mine, f'{data}, {model}')
+    for r in mine: res.setdefault(_arm(r['recipe']), []).append([100*e['accuracy'] for e in r['epochs']])
     return res
 
 # %% ../nbs/10_train.ipynb #c1dd34ed
