@@ -869,6 +869,7 @@ def test_tap_as_a_dict_settles_the_layout():
     m,x = Square(),torch.randn(2,3,32,32)
     with GridTap(m, 'body') as tap, pytest.raises(ValueError, match=r"in DrlocCallback: tap=dict\(layout='NCHW'\)"):
         m(x); tap.pop((32,32))
+    with pytest.raises(ValueError, match="layout='nchw' is unknown"): GridTap(m, dict(tap='body', layout='nchw'))
     for layout in 'NCHW','NHWC':
         with GridTap(m, dict(tap='body', layout=layout)) as tap:
             m(x); g = tap.pop((32,32))
