@@ -712,9 +712,12 @@ def test_a_step_without_grid_raises():
     clean(learn)
 
 def test_bad_input():
-    for kw,msg in ((dict(m=0), 'm=0'), (dict(lam=-1), 'lambda_drloc=-1'), (dict(lam=float('nan')), 'nan'), (dict(reduction='max'), "'max'")):
+    for kw,msg in ((dict(m=0), 'm=0'), (dict(lam=-1), 'lambda_drloc=-1'), (dict(lam=float('nan')), 'nan'), (dict(reduction='max'), "'max'"),
+                   (dict(m=2.5), r'm=2\.5'), (dict(m='8'), "m='8'"), (dict(hidden=0), 'hidden=0'), (dict(hidden=1.5), r'hidden=1\.5'),
+                   (dict(lam='0.1'), "lambda_drloc='0.1': the weight must be a number >= 0"), (dict(lam=None), 'lambda_drloc=None: the weight must be a number')):
         with pytest.raises(ValueError, match=msg): drloc(**kw)
     with pytest.raises(ValueError, match='lambda_drloc=-'): learner(drloc(lambda p: 0.5-p)).fit(1)
+    with pytest.raises(ValueError, match="lambda_drloc='much'"): learner(drloc(lambda p: 'much' if p else 0.5)).fit(1)   # a schedule that goes wrong late
     with pytest.raises(ValueError, match='1 x 1 grid'): learner(drloc(), dls=loaders(hw=(2,2))).fit(1)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     with pytest.raises(ValueError, match='no spatial grid'): learner(drloc(), model=flat).fit(1)
@@ -866,6 +869,7 @@ def test_tap_as_a_dict_settles_the_layout():
     m,x = Square(),torch.randn(2,3,32,32)
     with GridTap(m, 'body') as tap, pytest.raises(ValueError, match=r"in DrlocCallback: tap=dict\(layout='NCHW'\)"):
         m(x); tap.pop((32,32))
+    with pytest.raises(ValueError, match="layout='nchw' is unknown"): GridTap(m, dict(tap='body', layout='nchw'))
     for layout in 'NCHW','NHWC':
         with GridTap(m, dict(tap='body', layout=layout)) as tap:
             m(x); g = tap.pop((32,32))

@@ -9,7 +9,7 @@ import matplotlib; matplotlib.use('Agg')
 from fastai.vision.all import (Learner, TfmdDL, TensorImage, TensorCategory, Datasets, PILImage, CrossEntropyLossFlat, set_seed, accuracy,
                                SGD, load_learner, DataLoaders, Category, Normalize, IntToFloatTensor)
 import vt_drloc.data as D
-from vt_drloc.data import get_dls,list_data,SPECS,DataError,MemoryDL,MemoryImages,stratified,decode,photo_crops,data_home
+from vt_drloc.data import get_dls,list_data,SPECS,DataError,MemoryDL,MemoryImages,stratified,decode,crop_boxes,photo_crops,data_home
 from vt_drloc.augment import get_tfms,AffineEach,LightEach,EraseEach,MixupCutmix
 
 cpu = torch.device('cpu')
@@ -418,6 +418,33 @@ def test_missing_image(tmp_path):
 
 def test_batch_larger_than_the_set(): err('1437 training images, fewer than one batch of 2000', 'digits', bs=2000)
 
+@pytest.mark.parametrize('kw,words', [
+    (dict(held='gpu'), "held='gpu': choose 'device', 'host' or 'mapped'"), (dict(held=''), "held=''"),
+    (dict(size=(32,)), r'size=\(32,\): give the side'), (dict(size=0), 'size=0'), (dict(size=(64,-1)), r'size=\(64, -1\)'), (dict(size=32.5), r'size=32\.5'), (dict(size='32'), "size='32'"),
+    (dict(bs=0), 'bs=0: give a whole number >= 1'), (dict(bs=None), 'bs=None'), (dict(bs=16.), r'bs=16\.0'),
+    (dict(heldout=0.1), r'heldout=0\.1: .*not a share'), (dict(heldout=-5), 'heldout=-5'),
+    (dict(batch_tfms='light'), r"'light' is no transform.*batch_tfms=get_tfms\('light'\)"), (dict(batch_tfms=[IntToFloatTensor(),3]), '3 is no transform')])
+def test_arguments_are_checked_before_the_data_are_opened(kw, words, monkeypatch):
+    monkeypatch.setattr(D, 'open_data', lambda *a,**k: pytest.fail('looked for the data first'))
+    with pytest.raises(DataError, match=words): get_dls('digits', **{'device':cpu, **kw})
+
+def test_arrays_have_no_files():
+    err('in_memory=False: digits comes as one array', 'digits', in_memory=False)
+
+def test_sizes_and_batches_of_numpy():
+    dls = get_dls('digits', bs=np.int64(8), size=np.array([16,24]).tolist(), heldout=np.int64(100), device=cpu)
+    assert dls.one_batch()[0].shape==(8,3,16,24) and len(dls.valid_ds)==100
+
+@pytest.mark.parametrize('kw,words', [
+    (dict(part='test'), "part='test': choose one of train, valid, all"), (dict(lo=500), r"lo=500, hi=160: .* part 'train' of a 640 x 427 photo go from 1 to 384 pixels"),
+    (dict(lo=0), 'lo=0'), (dict(lo=200, hi=300, part='valid'), 'from 1 to 256 pixels'), (dict(hi=428, part='all'), 'from 1 to 427 pixels')])
+def test_impossible_crops(kw, words):
+    for f in (crop_boxes,photo_crops):
+        with pytest.raises(DataError, match=words): f(1, **kw)
+
+def test_largest_crops_that_fit():
+    for part,side in (('train',384),('valid',256),('all',427)): assert {r-l for _,(l,t,r,b) in crop_boxes(20, part=part, lo=side, hi=side)}=={side}
+
 def test_truncated_mat(tmp_path):
     f = svhn(tmp_path)/'test_32x32.mat'; f.write_bytes(f.read_bytes()[:500]); before = f.read_bytes()
     err(r'test_32x32.mat \(500 bytes\) is cut short.*delete it and fetch it again', 'svhn', path=tmp_path, expect=(20,12))
@@ -487,6 +514,21 @@ def test_transform_basics(t):
     same = TensorImage(x[:1].expand(64,-1,-1,-1).clone())
     assert len(t(same, split_idx=0).as_subclass(torch.Tensor).flatten(1).unique(dim=0))>8               # one draw an image
     if not isinstance(t, EraseEach): assert 0<=a.min() and a.max()<=1
+
+@pytest.mark.parametrize('make,kw,words', [
+    (AffineEach, dict(flip=1.5), 'flip=1.5: give a number from 0 to 1'), (AffineEach, dict(p=-1), 'p=-1'), (AffineEach, dict(max_zoom=0), 'max_zoom=0: give a number >= 1'),
+    (AffineEach, dict(max_deg=-10), 'max_deg=-10'), (AffineEach, dict(shift=-1), 'shift=-1'), (AffineEach, dict(shift=1.5), 'shift=1.5: give a whole number'),
+    (AffineEach, dict(pad='mirror'), "pad='mirror': choose 'reflection', 'zeros' or 'border'"),
+    (LightEach, dict(max_lighting=-0.2), 'max_lighting=-0.2'), (LightEach, dict(p=float('nan')), 'p=nan'),
+    (EraseEach, dict(p=2), 'p=2'), (EraseEach, dict(lo=0.5), 'hi=0.33.*from 0.5 to 1'), (EraseEach, dict(hi=1.5), 'hi=1.5'), (EraseEach, dict(min_aspect=0), 'min_aspect=0'),
+    (MixupCutmix, dict(smooth=2), 'smooth=2: give a number from 0 to 1'), (MixupCutmix, dict(mixup=-1), 'mixup=-1: give a number >= 0'), (MixupCutmix, dict(cutmix=float('inf')), 'cutmix=inf'),
+    (MixupCutmix, dict(prob=-3), 'prob=-3'), (MixupCutmix, dict(switch='half'), "switch='half'")])
+def test_numbers_out_of_range(make, kw, words):
+    with pytest.raises(ValueError, match=words): make(**kw)
+
+def test_numbers_at_the_ends_of_their_range():
+    AffineEach(0, 0, 0, 1, 0, 'border'); AffineEach(1., np.int64(4), 180., 2., 1.); LightEach(1., 0.); EraseEach(0., 0., 0., 1.); EraseEach(1., 0.5, 1.)
+    MixupCutmix(0, 0, 0, 0, 0); MixupCutmix(2., 2., 1., 1., 1.)
 
 def test_shift_and_flip_are_exact():
     x = batch(200, 16); t = AffineEach(flip=0.5, shift=3, p=0., pad='zeros')

@@ -98,6 +98,12 @@ def test_4d_by_num_features():
     assert features_to_grid(f, (100,70), num_features=12) is f
     torch.testing.assert_close(features_to_grid(rearrange(f, 'b d h w -> b h w d'), (100,70), num_features=12), f)
 
+@pytest.mark.parametrize('hw,img', [((8,8),(299,299)), ((1,2),(75,107)), ((3,4),(96,128)), ((29,18),(224,140)), ((113,113),(224,224)), ((5,1),(160,33)), ((7,7),(224,288))])
+def test_4d_grids_of_networks_that_pad_or_round(hw, img):
+    "A cell or two more or less along an axis is no contradiction"
+    f = T(2,11,*hw)
+    assert features_to_grid(f, img, num_features=11) is f
+
 def test_4d_both_axes_equal_d():
     f = T(2,10,4,10)                                    # (B,D,h,w) with D = w = 10
     assert features_to_grid(f, (16,40), num_features=10) is f
@@ -112,6 +118,9 @@ def test_4d_both_axes_equal_d():
     ((2,64,12), (32,32), dict(num_features=64), 'not D = 64'),
     ((2,1,12), (32,32), dict(num_prefix_tokens=1), 'num_prefix_tokens'),
     ((2,12), (32,32), {}, 'no spatial grid'),
+    ((2,512,7,7), (224,224), dict(num_features=7), 'with D = 7 its grid would be 512 x 7, which no stride.*num_features.*layout'),
+    ((2,7,7,512), (224,224), dict(num_features=7), 'its grid would be 7 x 512'),
+    ((2,12,4,40), (224,224), dict(num_features=12), 'its grid would be 4 x 40'),
 ])
 def test_refused(shape, img, kw, match):
     with pytest.raises(ValueError, match=match) as e: features_to_grid(T(*shape), img, **kw)
@@ -326,6 +335,16 @@ def test_given_values_win():
     ad = as_backbone(m, '0', num_features=8, num_prefix_tokens=3, layout='NCHW')
     assert (ad.num_features,ad.num_prefix_tokens,ad.layout)==(8,3,'NCHW')
     assert ad.grid(torch.randn(2,8,8,8), (32,32)).shape==(2,8,8,8)
+
+@pytest.mark.parametrize('layout', ['nchw','NHCW','channels_last',''])
+def test_unknown_layouts_are_refused(layout):
+    m = nn.Sequential(nn.Conv2d(3,8,4,4), nn.Linear(8,8))
+    for call in (lambda: as_backbone(m, '0', layout=layout), lambda: as_backbone(cvt(), layout=layout)):
+        with pytest.raises(ValueError, match=f"layout='{layout}' is unknown; choose 'NCHW'"): call()
+
+def test_a_given_layout_needs_no_proportions():
+    ad = as_backbone(nn.Sequential(nn.Conv2d(3,8,4,4), nn.Linear(8,8)), '0', num_features=8, layout='NCHW')
+    assert ad.grid(torch.randn(2,8,4,40), (224,224)).shape==(2,8,4,40)
 
 def test_nothing_to_tap():
     class Net(nn.Module):

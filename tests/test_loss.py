@@ -2,7 +2,7 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from vt_drloc.loss import DrlocLoss, LocalizationMLP, best_guess, l1_drloc, pair_errors, predict_offsets, predict_pairs
-from vt_drloc.pairs import all_pairs, check_grid, gather_pairs, offsets, query_pairs, rowcol, sample_pairs, targets
+from vt_drloc.pairs import all_pairs, check_grid, check_m, gather_pairs, offsets, query_pairs, rowcol, sample_pairs, targets
 
 sides = st.integers(1, 9)
 grids = st.tuples(sides, sides).filter(lambda s: s[0]*s[1] > 1)
@@ -257,9 +257,38 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(fast(grid, pairs=p), loss(grid, pairs=p))
     assert fast(grid).isfinite()
 
+@pytest.mark.parametrize('dynamic', [None, True])
+def test_checks_stay_in_the_graph(dynamic):
+    "Shapes are compared and m is checked while a graph is traced, for sizes that are known and that are not"
+    def both(pred, p, m):
+        check_m(m)
+        return l1_drloc(pred, targets(p, 3, 5)), pair_errors(pred, p, 3, 5)
+    torch._dynamo.reset()
+    fast = torch.compile(both, fullgraph=True, backend='eager', dynamic=dynamic)
+    for m in (4,6,8):
+        args = torch.randn(2, m, 2, generator=gen(m)), sample_pairs(2, m, 3, 5, generator=gen(m)), m
+        torch.testing.assert_close(fast(*args), both(*args))
+
+def test_numpy_counts_are_whole_numbers():
+    import numpy as np
+    assert DrlocLoss(np.int64(4), m=np.int32(5), hidden=np.int64(8))(torch.randn(2, 4, 3, 3)).isfinite()
+
 @pytest.mark.parametrize('call,words', [
     (lambda: DrlocLoss(8, m=0), 'm=0'),
     (lambda: sample_pairs(1, -1, 7, 7), 'm=-1'),
+    (lambda: DrlocLoss(8, m=2.5), r'm=2\.5: give a whole number >= 1.*m=64'),
+    (lambda: sample_pairs(1, '64', 7, 7), "m='64': give a whole number"),
+    (lambda: check_m(True), 'm=True: give a whole number'),
+    (lambda: check_m(torch.tensor(64)), 'm=a Tensor: give a whole number'),
+    (lambda: DrlocLoss(8, hidden=0), 'hidden=0: give a whole number >= 1, the width of the hidden layer'),
+    (lambda: DrlocLoss(8, hidden=12.), r'hidden=12\.0: give a whole number'),
+    (lambda: DrlocLoss(0), 'dim=0: give a whole number >= 1, the features of one embedding'),
+    (lambda: LocalizationMLP(None), 'dim=None: give a whole number'),
+    (lambda: l1_drloc(torch.zeros(2, 3, 2), torch.zeros(2, 3, 1)), r'pred has shape \(2, 3, 2\), targ \(2, 3, 1\); give both as \(B, m, 2\)'),
+    (lambda: l1_drloc(torch.zeros(2, 3, 2), torch.zeros(3, 2)), r'targ \(3, 2\)'),
+    (lambda: l1_drloc(torch.zeros(2, 3), torch.zeros(2, 3)), r'\(B, m, 2\)'),
+    (lambda: pair_errors(torch.zeros(2, 3, 2), torch.zeros(1, 3, 2, dtype=torch.long), 7, 7), r'pred has shape \(2, 3, 2\), pairs \(1, 3, 2\)'),
+    (lambda: pair_errors(torch.zeros(2, 3, 1), torch.zeros(2, 3, 2, dtype=torch.long), 7, 7), r'pred has shape \(2, 3, 1\)'),
     (lambda: DrlocLoss(8, reduction='none'), "'none' is unknown; choose one of mean, sum"),
     (lambda: check_grid(1, 1), '1 x 1 grid'),
     (lambda: best_guess(1, 1), '1 x 1 grid'),

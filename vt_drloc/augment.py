@@ -8,8 +8,19 @@ Docs: https://SET_ME.github.io/vt_drloc/augment.html.md"""
 __all__ = ['AffineEach', 'LightEach', 'EraseEach', 'get_tfms', 'MixupCutmix']
 
 # %% ../nbs/09_augment.ipynb #56ca1b33
+from numbers import Integral,Real
 from fastai.basics import *
 from fastai.vision.core import *
+
+# %% ../nbs/09_augment.ipynb #9b79e9b1
+def _in_range(least, most, /, **args):
+    "Refuse an argument that is no number from `least` to `most`"
+    for k,v in args.items():
+        if isinstance(v, bool) or not isinstance(v, Real) or not (least<=v<=most and v<float('inf')):
+            raise ValueError(f"{k}={v!r}: give a number {f'from {least} to {most}' if most<float('inf') else f'>= {least}'}")
+
+def _probs(**args): _in_range(0, 1, **args)
+def _at_least(least, /, **args): _in_range(least, float('inf'), **args)
 
 # %% ../nbs/09_augment.ipynb #b6c6f80a
 class AffineEach(DisplayedTransform):
@@ -22,7 +33,11 @@ class AffineEach(DisplayedTransform):
         max_zoom:float=1.1,  # zoom between 1/max_zoom and max_zoom
         p:float=0.5,         # probability of rotation and zoom
         pad:str='reflection' # what lies beyond the border: `reflection`, `zeros` or `border`
-    ): store_attr()
+    ):
+        _probs(flip=flip, p=p); _at_least(0, shift=shift, max_deg=max_deg); _at_least(1, max_zoom=max_zoom)
+        if not isinstance(shift, Integral): raise ValueError(f'shift={shift!r}: give a whole number of pixels')
+        if pad not in ('reflection','zeros','border'): raise ValueError(f"pad={pad!r}: choose 'reflection', 'zeros' or 'border'")
+        store_attr()
 
     def encodes(self, x:TensorImage):
         x = x.as_subclass(Tensor)
@@ -49,9 +64,11 @@ class LightEach(DisplayedTransform):
     "Change brightness and contrast of each image by its own draw."
     split_idx,order = 0,40
     def __init__(self,
-        max_lighting:float=0.2, # largest relative change of contrast, and of brightness
+        max_lighting:float=0.2, # contrast: largest relative change; brightness: up to half of it is added, in units of 0..1
         p:float=0.75            # probability of each of the two
-    ): store_attr()
+    ):
+        _probs(max_lighting=max_lighting, p=p)
+        store_attr()
 
     def encodes(self, x:TensorImage):
         x,m = x.as_subclass(Tensor),self.max_lighting
@@ -70,7 +87,9 @@ class EraseEach(DisplayedTransform):
         lo:float=0.02,      # smallest share of the area
         hi:float=1/3,       # largest
         min_aspect:float=0.3# smallest height over width; the largest is its inverse
-    ): store_attr()
+    ):
+        _probs(p=p, lo=lo, hi=hi); _in_range(lo, 1, hi=hi); _in_range(1e-3, 1, min_aspect=min_aspect)
+        store_attr()
 
     def boxes(self, x):
         "Which pixels to erase, (B, 1, H, W) bool."
@@ -113,7 +132,9 @@ class MixupCutmix(Callback):
         prob:float=1.0,   # probability that a batch is mixed
         switch:float=0.5, # probability of cutmix, where both are on
         n_classes:int=None# None: ask the data
-    ): store_attr(but='mixup'); self.alpha = mixup
+    ):
+        _at_least(0, mixup=mixup, cutmix=cutmix); _probs(smooth=smooth, prob=prob, switch=switch)
+        store_attr(but='mixup'); self.alpha = mixup
 
     def before_fit(self):
         from timm.data.mixup import Mixup

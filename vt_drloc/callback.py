@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import MethodType
 from copy import deepcopy
+from numbers import Real
 import torch
 from torch import nn
 from fastai.basics import *
@@ -150,8 +151,8 @@ def weight(self:DrlocCallback,
     if isinstance(lam, torch.Tensor):
         raise ValueError(f"lambda_drloc is a tensor of shape {tuple(lam.shape)}: the weight is a number or a function of the share of training done; "
                          "it is not learned, and reading a tensor would wait for the device: pass lam.item() once")
-    if not 0 <= lam < float('inf'):
-        raise ValueError(f"lambda_drloc={lam}: the weight must be a number >= 0; the paper uses 0.1 (CvT, T2T) and 0.5 (Swin)")
+    if not (isinstance(lam, Real) and 0 <= lam < float('inf')):
+        raise ValueError(f"lambda_drloc={lam!r}: the weight must be a number >= 0; the paper uses 0.1 (CvT, T2T) and 0.5 (Swin)")
     return float(lam)
 
 # %% ../nbs/07_callback.ipynb #0a3a81cf

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager,suppress
 from dataclasses import dataclass,replace
 from itertools import islice
+from numbers import Integral
 import fastai.vision.data                   # how batches of images are shown
 from fastai.basics import *
 from fastai.vision.core import *
@@ -87,7 +88,11 @@ def crop_boxes(
 )->list: # of (photo, (left, top, right, bottom))
     "Random square boxes inside one part of some photos, the same on every machine."
     rng,cut,res = np.random.RandomState([seed, part=='valid']),int(width*0.6),[]
-    l,r = dict(train=(0,cut), valid=(cut,width), all=(0,width))[part]
+    parts = dict(train=(0,cut), valid=(cut,width), all=(0,width))
+    if part not in parts: raise DataError(f'part={part!r}: choose one of {", ".join(parts)}')
+    l,r = parts[part]
+    room = min(r-l, height)
+    if not 1<=lo<=hi<=room: raise DataError(f'lo={lo}, hi={hi}: the sides of crops in part {part!r} of a {width} x {height} photo go from 1 to {room} pixels, `lo` not above `hi`')
     for _ in range(n):
         i,side = rng.randint(photos),rng.randint(lo, hi+1)
         x,y = rng.randint(l, r-side+1),rng.randint(height-side+1)
@@ -97,7 +102,7 @@ def crop_boxes(
 # %% ../nbs/08_data.ipynb #80ea85ed
 def photo_crops(
     n:int,             # how many crops
-    part:str='train',  # `train` or `valid`, as in `crop_boxes`
+    part:str='train',  # `train`, `valid` or `all`, as in `crop_boxes`
     size:int=32,       # side of the returned images, in pixels
     **kwargs           # for `crop_boxes`: `lo`, `hi`, `seed`
 )->torch.Tensor: # (n, 3, size, size) uint8
@@ -374,7 +379,7 @@ def _pieces(files, size, n=2048):
 # %% ../nbs/08_data.ipynb #41f616c9
 def decode(
     files:list,     # image files
-    size:tuple,     # (H, W) of the result; larger images are resized (bicubic) and centre-cropped
+    size:tuple,     # (H, W) of the result; images of another size are enlarged or reduced to cover it (bicubic) and centre-cropped
     cache:Path=None # file to keep the result in; None: do not keep it
 )->torch.Tensor: # (N, 3, H, W) uint8; from a file: mapped, so read when it is used
     "Decode `files` once; next time, unless a file changed, read the result."
@@ -635,6 +640,20 @@ def _file_dls(train, valid, bs, size, batch_tfms, device, num_workers):
                           pin_memory=torch.device(device).type=='cuda', after_item=[crop, CropMiddle(size), ToTensor()], after_batch=tfms))
     return DataLoaders(*dls, device=device)
 
+# %% ../nbs/08_data.ipynb #7174d9ba
+def _whole(v, least): return isinstance(v, Integral) and not isinstance(v, bool) and v>=least
+
+def _check_args(bs, size, batch_tfms, heldout, held):
+    "Refuse what `get_dls` cannot mean, before any image is read"
+    if not _whole(bs, 1): raise DataError(f'bs={bs!r}: give a whole number >= 1, the images in a batch')
+    sides = size if is_listy(size) else (size,size)
+    if size is not None and not (len(sides)==2 and all(_whole(o, 1) for o in sides)):
+        raise DataError(f'size={size!r}: give the side of the images in pixels, as 32, or (height, width), as (64, 96); None for the usual one')
+    if not _whole(heldout, 0): raise DataError(f'heldout={heldout!r}: give how many training images to hold out, a whole number, not a share; 0 for none')
+    for t in L(batch_tfms):
+        if not callable(t): raise DataError(f'batch_tfms={batch_tfms!r}: {t!r} is no transform' + (f'; a recipe by name is batch_tfms=get_tfms({t!r})' if isinstance(t, str) else ''))
+    if held not in (None,'device','host','mapped'): raise DataError(f"held={held!r}: choose 'device', 'host' or 'mapped', or None for what `place` says")
+
 # %% ../nbs/08_data.ipynb #7174d9bc
 def get_dls(
     data,            # a name of `list_data()`, or a folder with `train` and `valid` class folders
@@ -653,10 +672,12 @@ def get_dls(
     **kwargs         # for the reader of the set
 )->DataLoaders: # batches of (TensorImage (B, 3, H, W), TensorCategory (B,)), normalised by ImageNet's statistics
     "Images by name or folder, as fastai `DataLoaders`."
+    _check_args(bs, size, batch_tfms, heldout, held)
     train,valid,name,source = open_data(data, path, expect, **kwargs)
     native = SPECS[name].size if data in list_data() else None
-    size = tuple(size) if is_listy(size) else (size or native or 224,)*2
+    size = tuple(int(o) for o in (size if is_listy(size) else (size or native or 224,)*2))
     if in_memory is None: in_memory = bool(native) or max(size)<=64
+    if not in_memory and torch.is_tensor(train.x): raise DataError(f'in_memory={in_memory!r}: {name} comes as one array, not as image files; leave `in_memory` out')
     device = torch.device(ifnone(device, default_device()))
     stored = (native,native) if native else size
     n_bytes = (len(train)+len(valid))*3*math.prod(stored) if in_memory else 0
@@ -667,7 +688,7 @@ def get_dls(
         valid,train = [train.take(i) for i in stratified(train.y, heldout, seed)][::-1]
     elif in_memory: valid = _hold(valid, name, 'test', stored, cache, held)
     if len(train)<bs: raise DataError(f'{name} has {len(train)} training images, fewer than one batch of {bs}: choose a smaller `bs`')
-    args = train,valid,bs,size,batch_tfms,device
+    args = train,valid,int(bs),size,batch_tfms,device
     dls = _memory_dls(*args, held) if in_memory else _file_dls(*args, num_workers)
     dls.info = AttrDict(name=name, n_train=len(train), n_valid=len(valid), size=size, mean=imagenet_stats[0], std=imagenet_stats[1],
                         in_memory=in_memory, held=held, mbytes=round(n_bytes/2**20, 1), source=source)

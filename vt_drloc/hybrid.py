@@ -174,6 +174,10 @@ def _axis_of_d(shape, H, W, D):
         ok = [ax for ax,(h,w) in hw.items() if h*W==w*H and h<=H and w<=W]
     return ok[0] if len(ok)==1 else None
 
+def _one_stride(h, w, H, W, slack=2):
+    "Can one stride make h x w cells of an H x W image? Padding and rounding may add or take `slack` cells"
+    return h<=H+slack and w<=W+slack and H*(w-slack)<=W*(h+slack) and W*(h-slack)<=H*(w+slack)
+
 # %% ../nbs/04_hybrid.ipynb #8479eb85
 def features_to_grid(
     f:torch.Tensor, # (B, prefix + hw, D), (B, h, w, D) or (B, D, h, w)
@@ -197,7 +201,12 @@ def features_to_grid(
     if ax is None:
         _refuse(f, img_hw, f"cannot tell which axis is D (num_features={num_features}); "
                 "pass num_features, or layout='NCHW' or 'NHWC' to as_backbone; in DrlocCallback: tap=dict(layout='NCHW')")
-    return f if ax==1 else rearrange(f, 'b h w d -> b d h w')
+    g = f if ax==1 else rearrange(f, 'b h w d -> b d h w')
+    h,w = g.shape[2:]
+    if not _one_stride(h, w, H, W):
+        _refuse(f, img_hw, f"with D = {num_features} its grid would be {h} x {w}, which no stride makes of the image; pass "
+                "the right num_features; if the grid is not in proportion, layout='NCHW' or 'NHWC' to as_backbone")
+    return g
 
 # %% ../nbs/04_hybrid.ipynb #a12c7aa5
 class Adapter:
@@ -210,6 +219,8 @@ class Adapter:
         layout:str|None=None, # 'NCHW' or 'NHWC', if known
         head=None, # Features -> logits, if the model has such a part
     ):
+        if layout not in (None,'NCHW','NHWC'):
+            raise ValueError(f"layout={layout!r} is unknown; choose 'NCHW' (channels first), 'NHWC' (channels last) or None")
         self.model,self.tap,self.layout,self.head = model,tap,layout,head
         self.num_features,self.num_prefix_tokens = num_features,num_prefix_tokens
 

@@ -36,11 +36,19 @@ def best_guess(
     return Guess((mu_u, mu_v), (err_u, err_v), err_u/h + err_v/w)
 
 # %% ../nbs/06_loss.ipynb #de531ee1
+def _same_shape(**tensors):
+    "Refuse two tensors that would only fit by repeating one of them; shapes are known without waiting"
+    (a,x),(b,y) = tensors.items()
+    if x.shape != y.shape or x.shape[-1:] != (2,):
+        raise ValueError(f"{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}; "
+                         "give both as (B, m, 2), for the same pairs in the same order")
+
 def l1_drloc(
     pred:torch.Tensor, # (B, m, 2) d_u, d_v
     targ:torch.Tensor, # (B, m, 2) t_u, t_v
 ) -> torch.Tensor: # (B,) loss of each image
     "Eq. 2 for each image: L1 distance summed over the two axes, averaged over the m pairs"
+    _same_shape(pred=pred, targ=targ)
     return (pred-targ).abs().sum(-1).mean(-1)
 
 # %% ../nbs/06_loss.ipynb #c2436188
@@ -55,6 +63,7 @@ def pair_errors(
     w:int, # Columns of the grid
 ) -> torch.Tensor: # (2,) mean |error| in cells: rows, columns
     "Mean absolute error in grid cells for each axis"
+    _same_shape(pred=pred, pairs=pairs)
     error = (_in_cells(pred, h, w) - offsets(pairs, w)).abs()
     return error.flatten(0, -2).mean(0)
 
@@ -65,6 +74,8 @@ class LocalizationMLP(nn.Sequential):
         dim:int, # D, features of one embedding
         hidden:int=512, # Width of the hidden layer; the paper names none, the released code uses 512
     ):
+        check_whole('dim', dim, "the features of one embedding, as in `model.num_features`")
+        check_whole('hidden', hidden, "the width of the hidden layer; the released code uses 512")
         super().__init__(
             nn.Linear(2*dim, hidden), nn.ReLU(), nn.Linear(hidden, 2))
         self.dim = dim
