@@ -622,7 +622,7 @@ def plot_gains(
 
 # %% ../nbs/23_evidence.ipynb #08533bb7
 def _panels(n, width, height, most=3):
-    "Axes for n panels, at most three in a row; those not needed are hidden"
+    "Axes for n panels, at most so many in a row; those not needed are hidden"
     import matplotlib.pyplot as plt
     cols,rows = max(min(n, most), 1),max(math.ceil(n/most), 1)
     axs = plt.subplots(rows, cols, figsize=(width*cols, height*rows), layout='constrained', squeeze=False)[1].ravel()
@@ -658,7 +658,7 @@ def plot_learning(
     begun = runs[runs.arm.isin(arms) & (runs.done > 0)]
     _one_setting(begun[SETTING])
     groups = list(begun.groupby(['data','model'], sort=False))
-    axs = _panels(len(groups), 4, 3)
+    axs = _panels(len(groups), 3.55, 2.8, most=2)
     for ax,((data,model),g) in zip(axs, groups):
         plot_curves({o: [[100*e['accuracy'] for e in r['epochs']] for r in g[g.arm==o].rec] for o in arms if (g.arm==o).any()}, 'test accuracy (%)', ax=ax)
         ax.set_title(f'{model}, {data}')
