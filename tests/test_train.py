@@ -256,11 +256,16 @@ def test_numbers_that_cannot_be_meant(k, bad):
 @pytest.mark.parametrize('kw', [dict(clip=0), dict(wd=0), dict(mom=0), dict(warmup=0), dict(lr_start=0, lr_floor=0), dict(drop_path=.9), dict(share=1), dict(lambda_drloc=0, drloc='paper')])
 def test_the_ends_of_the_limits_are_allowed(kw): Recipe(**kw).check()
 
-@pytest.mark.parametrize('kw', [dict(lambda_drloc=.5), dict(m=32), dict(pool='2x2'), dict(variant='ce'), dict(control='permuted'), dict(schedule='cos')])
-def test_settings_of_the_side_task_need_one(kw):
-    "Or the baseline would be trained in its place without a word"
+@pytest.mark.parametrize('kw', [dict(variant='ce'), dict(control='permuted'), dict(schedule='cos'), dict(lambda_drloc=.5), dict(m=32), dict(pool='2x2')])
+def test_settings_of_the_side_task_need_one(kw, tmp_path):
+    "Or the baseline would be trained in its place without a word; a recipe may keep the numbers, for its other arm"
     k = next(iter(kw))
-    with pytest.raises(ValueError, match=f"^{k}=.* without a side task: add drloc='paper' \\(--drloc paper\\)"): Recipe(**kw).check()
+    said = f"{k}=.* without a side task: add drloc='paper' \\(--drloc paper\\)"
+    with pytest.raises(SystemExit, match=said): main(**kw, data='digits', out=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    if k in ('variant','control','schedule'):
+        with pytest.raises(ValueError, match='^'+said): Recipe(**kw).check()
+    else: Recipe(**kw).check()
     assert getattr(Recipe(drloc='paper', **kw).check(), k) == kw[k]
     assert Recipe(lambda_drloc=.5, drloc='paper').check().check() and Recipe().check().check()        # what `check` gives can be checked again
 

@@ -117,14 +117,18 @@ def _in_limits(r):
 # %% ../nbs/10_train.ipynb #4c1d0a33
 _task_alone = 'variant','control','schedule','lambda_drloc','m','pool'
 
+def _need_a_task(r, names=_task_alone):
+    "Refuse settings of the side task where there is none"
+    default = {f.name: f.default for f in fields(r)}
+    for k in names if r.drloc=='none' else ():
+        if (v := getattr(r, k)) != default[k]: raise ValueError(f"{k}={v!r} without a side task: add drloc='paper' (--drloc paper), or leave {k} out")
+
 def _fits(r):
     "Refuse settings that do not go together"
-    default = {f.name: f.default for f in fields(r)}
-    for k in _task_alone if r.drloc=='none' else ():
-        if (v := getattr(r, k)) != default[k]: raise ValueError(f"{k}={v!r} without a side task: add drloc='paper' (--drloc paper), or leave {k} out")
+    _need_a_task(r, ('variant','control','schedule'))
     if r.laid_out is not None and r.laid_out < r.epochs:
         raise ValueError(f"laid_out={r.laid_out}: the schedule cannot be shorter than the run of {r.epochs} epochs")
-    if r.warmup != default['warmup'] and r.warmup > (r.laid_out or r.epochs):
+    if r.warmup != Recipe.warmup and r.warmup > (r.laid_out or r.epochs):
         raise ValueError(f"warmup={r.warmup:g} is longer than the schedule of {r.laid_out or r.epochs} epochs: the rate would never reach its peak; the paper's warm-up is a fifth of the schedule")
 
 # %% ../nbs/10_train.ipynb #037ac160
@@ -779,7 +783,9 @@ def main(
 ):
     "Train a visual transformer on a small data set, with or without dense relative localization"
     recipe = Recipe(**kwargs, mix=not no_mix)
-    try: learn = train(recipe, out=out, bar=not no_bar, device=device, beside=beside, probe=probe, path=path, save_every=save_every, minutes=minutes, resume=resume)
+    try:
+        _need_a_task(recipe)
+        learn = train(recipe, out=out, bar=not no_bar, device=device, beside=beside, probe=probe, path=path, save_every=save_every, minutes=minutes, resume=resume)
     except (ValueError, RuntimeError, OSError) as e: sys.exit(f'vt_drloc_train: {e}')
     if int(os.environ.get('RANK', 0)): return
     file = Path(out)/f'{run_name(recipe)}.json'
