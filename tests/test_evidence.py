@@ -280,7 +280,7 @@ def test_gains_are_paired_by_seed_and_by_setting():
     assert (row['seeds'],row['verdict']) == (3,'holds') and (row['gain'],row['from'],row['to']) == pytest.approx((1.,lo,hi))
     assert row['without'] == pytest.approx(81.) and row['with L_drloc'] == pytest.approx(82.)     # of the paired seeds alone
 
-OTHER = dict(pretrained='imagenet', heldout=5000, wd=.1, drop_path=.1, mix=False, warmup=5, lr_start=1e-6, lr_floor=1e-6, mom=.8, sqr_mom=.99, eps=1e-6, clip=1., share_seed=1, precision='fp16')
+OTHER = dict(pretrained='imagenet', heldout=5000, wd=.1, drop_path=.1, mix=False, warmup=3, lr_start=1e-6, lr_floor=1e-6, mom=.8, sqr_mom=.99, eps=1e-6, clip=1., share_seed=1, precision='fp16')
 
 def test_a_setting_is_the_whole_recipe():
     "What is no part of it is the side task's, the seed, the name, or speed alone"
@@ -425,9 +425,9 @@ def test_pages_without_records():
 @pytest.mark.parametrize('plot', [plot_gains, plot_accuracy, plot_learning])
 def test_a_figure_takes_one_setting_of_a_network(plot):
     "Two are refused by what they differ in, with a query that chooses; what a figure does not show does not matter"
-    less = three((3.,3.1,2.9), share=.1, warmup=5)
+    less = three((3.,3.1,2.9), share=.1, warmup=3)
     runs = runs_table(three()+less)
-    with pytest.raises(ValueError, match=r'swin_mini on cifar10 has runs of 2 settings, .*share=1.0, warmup=20; share=0.1, warmup=5\. .*runs.query\("share==1.0 and warmup==20"\)'): plot(runs)
+    with pytest.raises(ValueError, match=r'swin_mini on cifar10 has runs of 2 settings, .*share=1.0, warmup=20; share=0.1, warmup=3\. .*runs.query\("share==1.0 and warmup==20"\)'): plot(runs)
     plot(runs.query('share==1.0 and warmup==20'))
     plot(runs_table(three() + [r for r in less if r['recipe']['drloc']=='none']).query('share==1.0'))
 
@@ -461,7 +461,7 @@ def test_claim_of_less_data():
 def test_less_data_pairs_by_seed():
     "The gain of seed 0 with all images is missing: two seeds remain, not three that are shifted. Two settings with all images are no answer"
     key = 'The smaller the data set, the more it helps'
-    tenth = three((3.,3.1,2.9), share=.1, warmup=72, bs=100)
+    tenth = three((3.,3.1,2.9), share=.1, warmup=2, bs=100)
     assert said([r for r in three((1.,1.,1.,1.)) if r['recipe']['seed']] + three((3.,3.1,2.9,3.), share=.1))[key] == 'holds'
     assert said(three()[2:]+tenth)[key] == 'no verdict' and said(three()+tenth)[key] == 'holds'
     with pytest.raises(ValueError, match=r'swin_mini on cifar10, share=0.1: .* 2 settings'): said(three()+three(epochs=100)+tenth)
