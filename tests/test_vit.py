@@ -42,14 +42,15 @@ def test_timm_gradients():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=n)
 
 def test_timm_starts_alike():
-    "Every parameter starts with timm's deviation"
+    "Every parameter starts with timm's deviation, as near as its numbers tell it"
+    torch.manual_seed(0)
     kw = dict(img_size=32, embed_dim=192, depth=2, num_heads=3)
     theirs = dict(VisionTransformer(patch_size=4, num_classes=10, **kw).named_parameters())
     ours = dict(ViT(img_size=32, patch=4, dim=192, depth=2, heads=3).named_parameters())
     assert list(ours) and set(ours)==set(theirs)
     for n in ours:
         if n=='cls_token': continue    # timm starts it at 1e-6
-        torch.testing.assert_close(ours[n].std(), theirs[n].std(), rtol=.1, atol=1e-6, msg=n)
+        torch.testing.assert_close(ours[n].std(), theirs[n].std(), rtol=.1+2/ours[n].numel()**.5, atol=1e-6, msg=n)
 
 
 @few
