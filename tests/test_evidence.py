@@ -66,7 +66,7 @@ def test_committed_plans():
         assert 3*steps >= 100*(50_000//512) and r.recipe.warmup == r.recipe.epochs/5
 
 @pytest.mark.parametrize('line,why', [('python train.py', 'vt_drloc_train'), ('vt_drloc_train --model swin_minni', 'swin_mini'), ('vt_drloc_train --epochs 0', 'epochs=0'),
-                                      ('vt_drloc_train --colour red', 'colour'), ('vt_drloc_train --no-mi', 'line 1: .*--no-mi'), ('vt_drloc_train --epoch 3', '--epoch'), ('vt_drloc_train\nvt_drloc_train --lr 1e-3', 'line 2: .*--name')])
+                                      ('vt_drloc_train --colour red', 'colour'), ('vt_drloc_train --no-mi', 'line 1: .*--no-mi'), ('vt_drloc_train --epoch 3', '--epoch'), ('vt_drloc_train --m 32', 'line 1: .*m=32 without a side task'), ('vt_drloc_train\nvt_drloc_train --lr 1e-3', 'line 2: .*--name')])
 def test_a_bad_line_is_named(tmp_path, line, why):
     (tmp_path/'p.txt').write_text(line)
     with pytest.raises(ValueError, match=why): read_plan(tmp_path/'p.txt')

@@ -44,17 +44,22 @@ def record_of(model, data, drloc, seed, last):
     rec = record(read_plan(plan)[0])
     return rec | dict(recipe=rec['recipe'] | dict(model=model, data=data, drloc=drloc, lambda_drloc=None if drloc=='none' else .5 if model=='swin_t' else .1, seed=seed), data=rec['data'] | dict(name=data), epochs=[*rec['epochs'][:-1], rec['epochs'][-1] | dict(accuracy=last/100)])
 
+def run_cells(file, space):
+    "Runs a page's cells where we are; each with what it shows"
+    for c in json.loads(file.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(c['source'])
+        if c['cell_type']!='code' or 'COLAB_RELEASE_TAG' in source or source.startswith(('#| data','#| slow','#| cuda')): continue
+        tree = ast.parse(source)
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) and not source.endswith(';') else None
+        exec(compile(tree, c['id'], 'exec'), space)
+        yield c,eval(compile(last, c['id'], 'eval'), space) if last else None
+
 def page(name, recs, monkeypatch):
     "Runs the page's cells on these records; names of the page, and what each cell shows by its id"
     monkeypatch.setattr('vt_drloc.train.read_records', lambda folder=None: recs)
     monkeypatch.chdir(results)
     space,shown = {},{}
-    for c in json.loads((results/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']:
-        if c['cell_type']!='code': continue
-        tree = ast.parse(''.join(c['source']))
-        value = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) and not ''.join(c['source']).endswith(';') else None
-        exec(compile(tree, c['id'], 'exec'), space)
-        shown[c['id']] = eval(compile(value, c['id'], 'eval'), space) if value else None
+    for c,value in run_cells(results/f'{name}.ipynb', space): shown[c['id']] = value
     return space,shown
 
 def text(o): return (o.data if hasattr(o, 'data') else '' if o is None else o.to_string() if hasattr(o, 'to_string') else str(o)).replace('\xa0', ' ')
@@ -344,14 +349,8 @@ def test_small_networks_are_those_of_their_page(monkeypatch):
 def test_stored_text_is_that_of_the_records(where, monkeypatch):
     "A record that is added, and a page that was not run again, do not go together"
     monkeypatch.chdir((results.parent/where).parent)
-    space,seen = {},0
-    for c in json.loads(Path(f'{Path(where).name}.ipynb').read_text(encoding='utf-8'))['cells']:
-        src = ''.join(c['source'])
-        if c['cell_type']!='code' or 'COLAB_RELEASE_TAG' in src or src.startswith(('#| data','#| slow','#| cuda')): continue
-        tree = ast.parse(src)
-        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) and not src.endswith(';') else None
-        exec(compile(tree, c['id'], 'exec'), space)
-        value = eval(compile(last, c['id'], 'eval'), space) if last else None
+    seen = 0
+    for c,value in run_cells(results.parent/f'{where}.ipynb', {}):
         kind = 'text/markdown' if type(value).__name__=='Markdown' and value.data else 'text/html' if hasattr(value, '_repr_html_') else None
         stored = [''.join(o['data'][kind]) for o in c.get('outputs', []) if kind in o.get('data', {})]
         if not kind: continue

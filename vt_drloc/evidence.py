@@ -23,7 +23,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.script import anno_parser, call_parse
 from .models import replacing
 from .bench import mean_interval
-from .train import Recipe, main as train_main, read_records, run_name
+from .train import Recipe, _arm, _need_a_task, _speed_alone, _task_alone, main as train_main, read_records, run_name
 
 # %% ../nbs/23_evidence.ipynb #e29682b1
 if __name__=='__main__' and getattr(__spec__, 'name', '')=='vt_drloc.evidence': # python -m vt_drloc.evidence
@@ -82,7 +82,9 @@ def _parser():
 def _recipe(args):
     "The recipe that arguments of `vt_drloc_train` mean"
     said = vars(_parser().parse_args(args))
-    return Recipe(**{k: v for k,v in said.items() if k in Recipe.__dataclass_fields__ and v is not None}, mix=not said['no_mix'])
+    recipe = Recipe(**{k: v for k,v in said.items() if k in Recipe.__dataclass_fields__ and v is not None}, mix=not said['no_mix'])
+    _need_a_task(recipe)
+    return recipe
 
 def read_plan(
     file # a text file; lines with `#` in front are comments
@@ -317,12 +319,7 @@ def arm(
     recipe:dict # of a run record
 )->str:
     "What a run did about the side task, in words"
-    r = recipe
-    if r['drloc']=='none': return 'without'
-    own = Recipe(model=r['model'], drloc='paper').check().lambda_drloc
-    some = [r.get('variant', 'drloc').replace('drloc', ''), r.get('control') or '', r.get('schedule') or '', f"m={r['m']}"*(r['m']!=64), f"pool={r.get('pool')}"*(r.get('pool', 'auto')!='auto'), f"lambda={r['lambda_drloc']:g}"*(r['lambda_drloc'] not in (None, own))]
-    form = W if r['drloc']=='paper' else f"{W}, {r['drloc']}"
-    return ', '.join([form, *(s for s in some if s)])
+    return _arm(recipe)
 
 # %% ../nbs/23_evidence.ipynb #5e1d0003
 def _when(rec): return calendar.timegm(time.strptime(rec['started'], '%Y-%m-%dT%H:%M:%SZ'))
@@ -347,10 +344,8 @@ def gpu_minutes(
     return cost
 
 # %% ../nbs/23_evidence.ipynb #b982eb5c
-_TASK = ['drloc','variant','lambda_drloc','schedule','m','pool','control']    # of the side task: `arm` tells them
-_SPEED = ['compile','graphs','fast']                                          # how fast a run is, not what it computes
 _main = ['data','model','tfms','epochs','bs','lr','share','size','laid_out']
-SETTING = _main + [k for k in Recipe.__dataclass_fields__ if k not in (*_main, *_TASK, *_SPEED, 'seed', 'name')]
+SETTING = _main + [k for k in Recipe.__dataclass_fields__ if k not in (*_main, 'drloc', *_task_alone, *_speed_alone, 'seed', 'name')]
 
 def _setting(rec):
     "What paired runs have in common; a record that is too old to have a field ran with its default"

@@ -116,6 +116,7 @@ def _in_limits(r):
 
 # %% ../nbs/10_train.ipynb #4c1d0a33
 _task_alone = 'variant','control','schedule','lambda_drloc','m','pool'
+_speed_alone = 'compile','graphs','fast'     # how fast a run is, not what it computes
 
 def _need_a_task(r, names=_task_alone):
     "Refuse settings of the side task where there is none"
@@ -833,7 +834,7 @@ def _arm(recipe):
     return ', '.join(['with L_drloc', *(o for o,say in some if say and o)])
 
 # %% ../nbs/10_train.ipynb #48a455eb
-_free = {'seed','name','drloc','precision','compile','graphs','fast', *_task_alone}
+_free = {'seed','name','drloc','precision', *_speed_alone, *_task_alone}
 
 def _one_setting(recs, what):
     "Refuse records that differ in more than arm and seed"
