@@ -54,10 +54,23 @@ def test_kernels_are_chapter_6(data):
 @kernels
 @pytest.mark.parametrize('h,w,m', [(3,3,20),(6,6,20)])
 def test_bfloat16(h, w, m):
-    "Losses as exact as in float32, gradients as exact as bfloat16; the weights' split keeps 16 bits"
+    "Losses as exact as float16 and TF32, which keep 11 bits, gradients as exact as bfloat16"
     mlp,grid,pairs = inputs(h=h, w=w, m=m, D=64, hidden=64, dtype=torch.bfloat16)
     for k,(a,b) in enumerate(zip(grads(pair_losses, mlp, grid, pairs), grads(plain, mlp, grid, pairs))):
-        assert a.dtype==b.dtype and far(a, b)<(1e-4 if k in (0,3,4,5) else 1e-2)
+        assert a.dtype==b.dtype and far(a, b)<(1e-2 if k else 1e-3)
+
+@kernels
+@pytest.mark.parametrize('h', [3,9])
+def test_float16_has_no_room_for_it(h):
+    "Embeddings beyond 65,504 are cut off there, an infinite one shows in the loss of the pairs that have it"
+    mlp,grid,pairs = inputs(h=h, w=h)
+    mlp[0].weight.data.mul_(1e-6)                                       # hidden units that float16 holds
+    big,cut = (torch.where(torch.arange(16, device=device)[:,None,None]==3, o, grid.detach()) for o in (1e6,65504.))
+    with torch.autocast(device, torch.bfloat16): a,b = (pair_losses(mlp, o, pairs) for o in (big,cut))
+    assert torch.equal(a, b) and a.isfinite().all()
+    big[0,3,0,0] = float('inf')
+    with torch.autocast(device, torch.bfloat16): a = pair_losses(mlp, big, pairs)
+    assert torch.equal(~a.isfinite(), (pairs==0).any(-1) & (torch.arange(2, device=device)==0)[:,None])
 
 @kernels
 @pytest.mark.parametrize('h,w', [(3,3),(6,6)])
@@ -80,7 +93,7 @@ def test_tokens_handed_in_are_chapter_6(prefix, h, w, dtype):
     want,alone = (grads(lambda m,t,p: f(m, grid(t), p), mlp, tokens, pairs) for f in (plain,pair_losses))
     assert (got[1].shape,got[1].dtype)==(tokens.shape,dtype) and got[1].is_contiguous() and not got[1][:,:prefix].any()
     for k,(a,b,c) in enumerate(zip(got, want, alone)):
-        assert far(a, b) < (1e-5 if dtype==torch.float32 else 1e-4 if k in (0,3,4,5) else 1e-2)
+        assert far(a, b) < (1e-5 if dtype==torch.float32 else 1e-2 if k else 1e-3)
         if h*w>64 or not prefix: assert torch.equal(a, c)                        # cells that are multiplied first have more rows around them, and a product may add in another order
         else: assert far(a, c) < (1e-6 if dtype==torch.float32 else 1e-2)
 
@@ -160,15 +173,15 @@ def test_a_networks_features_get_their_gradient_from_the_kernel(model, monkeypat
 @kernels
 @pytest.mark.parametrize('half', [torch.bfloat16,torch.float16])
 @pytest.mark.parametrize('h,w', [(3,3),(6,6)])
-def test_autocast_rounds_the_hidden_units_gradients_alone(h, w, half):
-    "The losses keep their bits, and so do the gradients that no product makes; in fp16 nothing changes at all"
+def test_autocast_rounds_what_is_multiplied(h, w, half):
+    "To 11 bits on the way forward, to bfloat16 on the way back; in fp16 nothing changes at all"
     args = inputs(B=4, D=64, h=h, w=w, hidden=64)
     want = grads(pair_losses, *args)
     with torch.autocast(device, half): got = grads(pair_losses, *args)
     for k,(a,b) in enumerate(zip(got, want)):
-        if not k or half==torch.float16: assert torch.equal(a, b)
+        if half==torch.float16: assert torch.equal(a, b)
         elif k in (1,2): assert a.dtype==torch.float32 and 1e-5 < far(a, b) < (5e-3 if device=='cuda' else 8e-3)   # Triton's interpreter cuts off where a GPU rounds
-        else: assert far(a, b) < 1e-6
+        else: assert a.dtype==torch.float32 and (k or 1e-7 < far(a, b)) and far(a, b) < (5e-3 if k else 1e-3)   # a hidden unit near zero may fall on its other side
 
 @kernels
 def test_a_compiled_loss_knows_of_autocast():
@@ -324,19 +337,21 @@ import triton
 from triton.compiler import ASTSource
 from triton.backends.compiler import GPUTarget
 import vt_drloc.speed_loss as s
-numbers = dict(cells='*fp32', out='*fp32', image='i32', cell='i32', one='i32', D='i32', T='i32', prefix='i32', pre='*fp32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dtokens='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','rows','cols')})
+numbers = dict(cells='*fp32', tokens='*fp32', n='i32', image='i32', cell='i32', one='i32', D='i32', T='i32', prefix='i32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dtokens='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','rows','cols')})
 def build(kernel, low, **fixed):
     names = kernel.arg_names
-    half = '*bf16' if low else '*fp32'
-    sig = {k: 'constexpr' if k in fixed else half if k in ('dpre','dx','kept') else numbers[k] for k in names}
+    half,ahead = ('*bf16','*fp16') if low else ('*fp32','*fp32')
+    sig = {k: 'constexpr' if k in fixed else half if k in ('dpre','dx','kept') else ahead if k in ('pre','out') else numbers[k] for k in names}
     code = ASTSource(kernel, sig, constexprs={(names.index(k),):v for k,v in fixed.items()})
     return triton.compile(code, target=GPUTarget('cuda', 90, 32)).asm['ptx']
 for one in ({},dict(prefix=1)):                                  # a number that is 1 is known to the compiler
     for cells in (True,False):
-        assert '.entry _pairs_forward' in build(s._pairs_forward, True, H=512, BH=128, BM=16, CELLS=cells, **one)
-        for low in (True,False): assert '.entry _pairs_backward' in build(s._pairs_backward, low, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low, **one)
+        for low in (True,False):
+            assert '.entry _pairs_forward' in build(s._pairs_forward, low, H=512, BH=128, BM=16, CELLS=cells, **one)
+            assert '.entry _pairs_backward' in build(s._pairs_backward, low, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low, **one)
     for low in (True,False): assert '.entry _pairs_to_cells' in build(s._pairs_to_cells, low, D=384, BD=128, BM=32, NB=64, LOW=low, **one)
-for low in (True,False): assert '.entry _pairs_look_up' in build(s._pairs_look_up, low, BD=512, BM=16, KEEP=low)
+for low in (True,False): assert '.entry _pairs_look_up' in build(s._pairs_look_up, low, BD=512, BM=16, LOW=low)
+for prefix in (0,1): assert '.entry _cells_round' in build(s._cells_round, True, prefix=prefix, BLOCK=2048)
 print('done')'''
 
 @kernels

@@ -42,9 +42,9 @@ def _hidden(pre, b1, b, i, j, pair, ok, c, M, N, prefix, H: tl.constexpr, CELLS:
     "(pairs, chunk) hidden units before the ReLU"
     if CELLS:
         row = pre + (b*(prefix + N) + prefix)*2*H + c[None,:]
-        h = tl.load(row + i[:,None]*2*H) + tl.load(row + j[:,None]*2*H + H)
+        h = tl.load(row + i[:,None]*2*H).to(tl.float32) + tl.load(row + j[:,None]*2*H + H).to(tl.float32)
     else: h = tl.load(pre + (b*M + pair[:,None])*H + c[None,:], mask=ok[:,None], other=0.)
-    return h + tl.load(b1 + c)[None,:]
+    return h.to(tl.float32) + tl.load(b1 + c)[None,:]
 
 # %% ../nbs/21_speed_loss.ipynb #65470654
 @jit
@@ -119,9 +119,10 @@ def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix,
         tl.store(part + 3*H, tl.sum(su, 0)); tl.store(part + 3*H + 1, tl.sum(sv, 0))
 
 # %% ../nbs/21_speed_loss.ipynb #a055008b
-def _times(x, w):
-    "(n, D) times the transpose of (H, D), in float32"
-    return x.to(w.dtype) @ w.T
+@jit
+def _float16(x):
+    "What is finite stays finite"
+    return tl.where((tl.abs(x) > 65504.) & (tl.abs(x) < float('inf')), tl.where(x > 0, 65504., -65504.), x).to(tl.float16)
 
 def _product(a, b, dtype):
     "A product whose sums are in float32"
@@ -129,29 +130,55 @@ def _product(a, b, dtype):
     if a.dtype==dtype: return a @ b
     return torch.mm(a, b, out_dtype=dtype) if dtype==torch.float32 else (a @ b).to(dtype)
 
+def _times(x, w):
+    "(n, D) times the transpose of (H, D), in the precision of x"
+    return _product(x, w.to(x.dtype).T, x.dtype)
+
 def _times_back(dpre, x, w, dtype):
     "Gradients of the rows, and of the weights in float32"
-    d,x,w = dpre.view(len(x), -1),x.to(dpre.dtype),w.to(dpre.dtype)
+    d,w = dpre.view(len(x), -1),w.to(dpre.dtype)
     return _product(d, w, dtype),_product(d.T, x, torch.float32)
+
+# %% ../nbs/21_speed_loss.ipynb #9a27c0d2
+@jit
+def _cells_round(tokens, out, kept, n, T, D, prefix: tl.constexpr, BLOCK: tl.constexpr):
+    "Copy tokens to rows, and to rows that are kept; zeros at the tokens before the cells"
+    at = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(tokens + at, mask=at < n, other=0.).to(tl.float32)
+    if prefix: x = tl.where(at//D%T < prefix, 0., x)
+    tl.store(out + at, _float16(x), mask=at < n)
+    tl.store(kept + at, x.to(tl.bfloat16), mask=at < n)
 
 # %% ../nbs/21_speed_loss.ipynb #9a27c0e2
 @jit
-def _pairs_look_up(cells, pairs, out, kept, M, N, image, cell, one, D, BD: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr):
+def _pairs_look_up(cells, pairs, out, kept, M, N, image, cell, one, D, BD: tl.constexpr, BM: tl.constexpr, LOW: tl.constexpr):
     "Copy the cells of an image's pairs to rows, and to rows that are kept"
     b,k,c = tl.program_id(0).to(tl.int64),tl.program_id(1)*BM + tl.arange(0, BM),tl.program_id(2)*BD + tl.arange(0, BD)
     ok = (k < 2*M)[:,None] & (c < D)[None,:]
     n = tl.load(pairs + b*2*M + k, mask=k < 2*M, other=0)
-    x = tl.load(cells + b*image + n[:,None]*cell + c[None,:]*one, mask=ok & ((n >= 0) & (n < N))[:,None], other=0.)
+    x = tl.load(cells + b*image + n[:,None]*cell + c[None,:]*one, mask=ok & ((n >= 0) & (n < N))[:,None], other=0.).to(tl.float32)
     at = (b*2*M + k[:,None])*D + c[None,:]
-    tl.store(out + at, x.to(out.dtype.element_ty), mask=ok)
-    if KEEP: tl.store(kept + at, x.to(kept.dtype.element_ty), mask=ok)
+    tl.store(out + at, _float16(x) if LOW else x, mask=ok)
+    if LOW: tl.store(kept + at, x.to(tl.bfloat16), mask=ok)
+
+def _factors(x, rows, D, low):
+    "Room for two roundings of rows"
+    kinds = (torch.float16,torch.bfloat16) if low else (torch.float32,)
+    made = [x.new_empty(rows, D, dtype=d) for d in kinds]
+    return made[0],made[-1]
 
 def _look_up(cells, pairs, low):
-    "(m B, 2D) both cells of each pair side by side, in float32, and for the way back"
+    "(m B, 2D) both cells of each pair side by side, for the way forward and for the way back"
     (B,M,_),(_,N,D) = pairs.shape,cells.shape
-    rows,BD = cells.new_empty(B*M, 2*D, dtype=torch.float32),min(128, triton.next_power_of_2(D))
-    kept = torch.empty_like(rows, dtype=torch.bfloat16) if low else rows
-    _pairs_look_up[B,triton.cdiv(2*M, 16),triton.cdiv(D, BD)](cells, pairs, rows, kept, M, N, *cells.stride(), D, BD=BD, BM=16, KEEP=low)
+    (rows,kept),BD = _factors(cells, B*M, 2*D, low),min(128, triton.next_power_of_2(D))
+    _pairs_look_up[B,triton.cdiv(2*M, 16),triton.cdiv(D, BD)](cells, pairs, rows, kept, M, N, *cells.stride(), D, BD=BD, BM=16, LOW=low)
+    return rows,kept
+
+def _round_all(tokens, prefix):
+    "(B T, D) all tokens, those before the cells zero, for the way forward and for the way back"
+    (B,T,D),x = tokens.shape,tokens.contiguous()
+    rows,kept = _factors(x, B*T, D, True)
+    _cells_round[triton.cdiv(x.numel(), 2048),](x, rows, kept, x.numel(), T, D, prefix=prefix, BLOCK=2048, num_warps=8)
     return rows,kept
 
 # %% ../nbs/21_speed_loss.ipynb #716c9f7b
@@ -192,30 +219,31 @@ def _ahead(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Te
            prefix:int, rows:int, cols:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,m,_),N = pairs.shape,rows*cols
     with torch.autocast(tokens.device.type, enabled=False):
-        if _cells_first(N, pairs): pre,kept = _times(tokens.reshape(-1, tokens.shape[2]), _halves(w1)),tokens.new_empty(0)
-        else:
-            x,kept = _look_up(tokens[:,prefix:], pairs, low)
-            pre = _times(x, w1)
-    error,sign,sizes = pre.new_empty(B, m),pre.new_empty(B, m, 2),_sizes(N, pairs, len(b1), 128)
+        if not _cells_first(N, pairs): (x,kept),w = _look_up(tokens[:,prefix:], pairs, low),w1
+        elif low: (x,kept),w = _round_all(tokens, prefix),_halves(w1)
+        else: x,kept,w = tokens.reshape(-1, tokens.shape[2]).float(),w1.new_empty(0, tokens.shape[2]),_halves(w1)
+        pre = _times(x, w)
+    error,sign,sizes = w1.new_empty(B, m),w1.new_empty(B, m, 2),_sizes(N, pairs, len(b1), 128)
     _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, N, prefix, rows, cols, BM=16, num_warps=8, **sizes)
     return error,sign,pre,kept
 
 _losses = torch.library.custom_op('vt_drloc::pair_losses', _ahead, mutates_args=())
 
 # %% ../nbs/21_speed_loss.ipynb #5a1e0c09
-def _cells_alone(tokens, prefix, dtype):
-    "(B T, D) tokens, those before the cells zero"
+def _cells_alone(tokens, prefix):
+    "(B T, D) tokens in float32, those before the cells zero"
     if prefix:
-        tokens = tokens.to(dtype, copy=True)
+        tokens = tokens.to(torch.float32, copy=True)
         tokens[:,:prefix] = 0
-    return tokens.reshape(-1, tokens.shape[2])
+    return tokens.float().reshape(-1, tokens.shape[2])
 
 def _back(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor, sign:torch.Tensor,
           x:torch.Tensor, derror:torch.Tensor, prefix:int, low:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,T,D),m,N,half = tokens.shape,pairs.shape[1],tokens.shape[1]-prefix,torch.bfloat16 if low else torch.float32
     s = _sizes(N, pairs, len(b1), 64)
-    x,w = (_cells_alone(tokens, prefix, half),w1.reshape(-1, D)) if s['CELLS'] else (x,w1)
-    dpre,parts = torch.empty_like(pre, dtype=half),pre.new_empty(B, 3*len(b1)+2)
+    w = w1.reshape(-1, D) if s['CELLS'] else w1
+    if s['CELLS'] and not low: x = _cells_alone(tokens, prefix)
+    dpre,parts = torch.empty_like(pre, dtype=half),w1.new_empty(B, 3*len(b1)+2)
     least = lambda n: max(16, triton.next_power_of_2(n))
     _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, prefix, NB=least(N) if s['CELLS'] else 16,
                                        BM=min(64, least(m)), LOW=low and x.is_cuda, num_stages=1, **s)
@@ -229,9 +257,10 @@ _losses_backward = torch.library.custom_op('vt_drloc::pair_losses_backward', _ba
 @_losses.register_fake
 def _(tokens, pairs, w1, b1, w2, b2, prefix, rows, cols, low):
     B,m,_ = pairs.shape
-    if _cells_first(rows*cols, pairs): n,H,kept = B*tokens.shape[1],2*len(b1),tokens.new_empty(0)
-    else: n,H,kept = B*m,len(b1),w1.new_empty(B*m, w1.shape[1], dtype=torch.bfloat16 if low else torch.float32)
-    return w1.new_empty(B, m),w1.new_empty(B, m, 2),w1.new_empty(n, H),kept
+    first = _cells_first(rows*cols, pairs)
+    n,D,H = (B*tokens.shape[1],tokens.shape[2],2*len(b1)) if first else (B*m,w1.shape[1],len(b1))
+    ahead,back = (torch.float16,torch.bfloat16) if low else (torch.float32,torch.float32)
+    return w1.new_empty(B, m),w1.new_empty(B, m, 2),w1.new_empty(n, H, dtype=ahead),w1.new_empty(n if low or not first else 0, D, dtype=back)
 
 @_losses_backward.register_fake
 def _(tokens, pairs, w1, b1, w2, pre, sign, x, derror, prefix, low):
