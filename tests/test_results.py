@@ -161,7 +161,7 @@ def test_a_breakdown_is_found(monkeypatch):
 
 def test_the_task_that_keeps_a_run_from_breaking(full, monkeypatch):
     "Points before the breakdown and at the end; nothing of it where nobody breaks down, or both do"
-    assert full[0]['kept_text']().endswith('(one seed, no verdict).') and 'did not break down' not in full[0]['advice']()
+    assert full[0]['kept_text']().endswith("(one seed, no verdict). Its best epoch, which is what the released code reports, has 70.25 %, 13.64 points below the paper's.") and 'did not break down' not in full[0]['advice']()
     recs = falling(fakes())
     tasked = next(r for r in recs if r['recipe']['bs']==1024 and r['recipe']['drloc']=='released')
     for e in tasked['epochs']: e.update({'lambda': .5-e['epoch']/1000, 'accuracy': .5 if e['epoch']<31 else .8, 'grad_norm_max': 4.})

@@ -552,7 +552,7 @@ def _with_side(section, model, batch, size=224, arms=('compiled','compiled side'
 
 _vts,_minis = ('swin_t','t2t_vit_14','cvt_13_gap'),('t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini')
 PARTS = ('compiled','compiled out','compiled draw','compiled grid','compiled side')
-SECTIONS['side'] = [_with_side('side', m, 128) for m in _vts]
+SECTIONS['side'] = [[_with_side('side', m, 128)] for m in _vts]
 _at512 = dict(zip(('side512','side512_t2t','side512_cvt'), _vts))
 SECTIONS |= {s: [_with_side(s, m, 512)] for s,m in _at512.items()}
 SECTIONS['parts'] = [_with_side('parts', m, 128, arms=PARTS) for m in _vts]
@@ -564,7 +564,7 @@ _eager = partial(_with_side, arms=('eager','eager side'), attention=False, skip=
 SECTIONS['side_eager'] = [_eager('side_eager', m, 128, lead=.06, seconds=.36) for m in _vts]
 SECTIONS['side512_eager'] = [[_eager('side512_eager', m, 512, lead=.3, seconds=1.2)] for m in _vts]
 SECTIONS['cpu'] = [_eager('cpu', m, b, s, precision='float32') for m,b,s in (*[(m,8,224) for m in _vts],('cvt_mini',64,32),('vit_mini',64,32))]
-ROUNDS = dict(side_eager=160, **dict.fromkeys(_at512, 80)) # 20 elsewhere
+ROUNDS = dict(side_eager=160, **dict.fromkeys(_at512, 160)) # 20 elsewhere
 
 # %% ../nbs/22_bench.ipynb #d8834345
 def side_goals(
