@@ -414,6 +414,17 @@ def test_plan_against_records():
     grid = plan_grid(s)
     assert len(grid) == 6 and grid.loc[0,'seed 0'] == 'complete' and grid.loc[5,'seed 2'] == 'not run yet'
 
+def test_a_plan_that_names_how_to_compute(tmp_path):
+    "A precision that a line names, and parts that it leaves out, are part of what it asks for; what it leaves open is not"
+    plan,line = tmp_path/'plan.txt','vt_drloc_train --data digits --model cvt_mini --drloc none --epochs 2'
+    plan.write_text('\n'.join([line, f'{line} --precision fp16 --seed 1', f'{line} --no-fast --seed 2']))
+    recipes = [asdict(r.recipe.check()) for r in read_plan(plan)]
+    as_run = [dict(recipes[0], precision='bf16', compile=True), dict(recipes[1], precision='bf16'), dict(recipes[2], fast=True)]
+    recs = lambda rs: [dict(rec(accs=[1.,2.]), recipe=r) for r in rs]
+    assert plan_status(plan, recs(as_run)).state.tolist() == ['complete','not run yet','not run yet']
+    as_run[1]['precision'],as_run[2]['fast'] = 'fp16',False
+    assert plan_status(plan, recs(as_run)).state.tolist() == ['complete']*3
+
 def test_pages_without_records():
     "Every table and figure says that there is nothing, and does not fail"
     runs = runs_table([])

@@ -121,7 +121,7 @@ def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix,
 # %% ../nbs/21_speed_loss.ipynb #a055008b
 @jit
 def _float16(x):
-    "What is finite stays finite"
+    "x in float16; what is finite but too large is cut off at the end of its range"
     return tl.where((tl.abs(x) > 65504.) & (tl.abs(x) < float('inf')), tl.where(x > 0, 65504., -65504.), x).to(tl.float16)
 
 def _product(a, b, dtype):

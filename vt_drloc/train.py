@@ -862,7 +862,7 @@ def demo_figure(
     "The demo's figure: errors of the game beside the level of guessing, and the committed CIFAR-10 runs"
     import matplotlib.pyplot as plt
     from vt_drloc.plots import PALETTE, plot_curves
-    fig,axs = plt.subplots(1, 2, figsize=(10,3.6), layout='constrained')
+    fig,axs = plt.subplots(1, 2, figsize=(7.4,3.4), layout='constrained')
     guess = sum(best_guess(8,8).error)/2
     for k,(pad,es) in enumerate(errors.items()):
         axs[0].bar([i+.38*k for i in range(len(es))], es.values(), .36, label=f'{pad} padding', color=PALETTE[['blue','orange'][k]])
