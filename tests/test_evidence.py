@@ -169,7 +169,7 @@ def test_estimate(tmp_path):
     assert r.ends_in() == 5+45
 
 def test_estimate_of_one_that_need_not_compile(tmp_path):
-    "The first of a kind took 200 s to its first epoch, the second 20 s: the third is expected to start like the second"
+    "The first of a kind took 200 s to its first epoch: the second is expected to need 40 % of what that is more than an epoch. It takes 20 s: the third is expected to start like it"
     r = FakeRunner(plan_of(tmp_path, 6), tmp_path/'out', gpus=1, beside=2)
     (tmp_path/'out').mkdir()
     a,b,c = [o for o in r.runs if o.kind==r.runs[0].kind][:3]
@@ -177,7 +177,11 @@ def test_estimate_of_one_that_need_not_compile(tmp_path):
         o.state,o.began = 'running',began
         (tmp_path/'out'/f'{o.name}.json').write_text(json.dumps(dict(epochs=[dict(wall_s=wall), dict(wall_s=wall+5)])))
     starts(a, 1., 200.)
-    assert r.expected(c) == 200+15 + 5*(c.recipe.epochs-1)
+    assert r.expected(c) == 200+15 + 5*(c.recipe.epochs-1)                      # nobody compiles
+    c.recipe.compile = a.recipe.compile = b.recipe.compile = True
+    assert r.expected(c) == pytest.approx(5+.4*195+15 + 5*(c.recipe.epochs-1))
+    other = next(o for o in r.runs if o.kind!=a.kind)
+    assert r.expected(other) == 200+15 + 5*(other.recipe.epochs-1)              # of another kind: it compiles for itself
     starts(b, 2., 20.)
     assert r.expected(c) == 20+15 + 5*(c.recipe.epochs-1)
 

@@ -178,14 +178,22 @@ def pace(self:Runner, run)->tuple: # seconds before its second epoch, seconds an
 def _work(run): return run.recipe.share + 1/15    # of an epoch: its training images, and a fifth as many test images at a third of the cost
 
 @patch
+def _starts_in(self:Runner, run, like, start, epoch): # seconds before its second epoch
+    "The start of another run; 40 % of what went beyond an epoch there if that one compiled for this one"
+    first = min((o for o in self.runs if o.began and o.kind==like.kind), key=lambda o: o.began)
+    warm = run is not like and run.recipe.compile and like is first and like.kind==run.kind
+    return 15+epoch + .4*max(start-15-epoch, 0) if warm else start
+
+@patch
 def expected(self:Runner, run)->float: # `None`: nothing to go by yet
     "Seconds that a run still needs"
     alike = [run] if run.began else []
     alike += sorted([o for o in self.runs if o.began and o.kind==run.kind], key=lambda o: -o.began)   # the latest first: it need not compile
     for same in (lambda o: o.recipe.model==run.recipe.model, lambda o: True): alike += [o for o in self.runs if o.began and same(o)]
-    start,epoch = next(((p[0], p[1]*_work(run)/_work(o)) for o in alike if (p := self.pace(o))), (None,None))
-    if start is None: return None
-    done = len(self.epochs(run))
+    like = next((o for o in alike if self.pace(o)), None)
+    if like is None: return None
+    start,epoch = self.pace(like)
+    start,epoch,done = self._starts_in(run, like, start, epoch),epoch*_work(run)/_work(like),len(self.epochs(run))
     return epoch*(run.recipe.epochs-done) if done else start + epoch*(run.recipe.epochs-1)
 
 # %% ../nbs/23_evidence.ipynb #7e2f0a54
