@@ -20,6 +20,9 @@ except ImportError: triton,tl = None,SimpleNamespace(constexpr=int)
 jit = triton.jit if triton else lambda f: f
 _interpreted = triton is not None and type(tl.sum).__name__=='InterpretedFunction'
 
+def _pieces(n, size): return -(-n//size)
+def _power_of_2(n): return 1<<(n-1).bit_length() # the first that is not below n >= 1
+
 def can_fuse(
     x:torch.Tensor, # Any tensor of the network
 )->bool:
@@ -170,15 +173,15 @@ def _factors(x, rows, D, low):
 def _look_up(cells, pairs, low):
     "(m B, 2D) both cells of each pair side by side, for the way forward and for the way back"
     (B,M,_),(_,N,D) = pairs.shape,cells.shape
-    (rows,kept),BD = _factors(cells, B*M, 2*D, low),min(128, triton.next_power_of_2(D))
-    _pairs_look_up[B,triton.cdiv(2*M, 16),triton.cdiv(D, BD)](cells, pairs, rows, kept, M, N, *cells.stride(), D, BD=BD, BM=16, LOW=low)
+    (rows,kept),BD = _factors(cells, B*M, 2*D, low),min(128, _power_of_2(D))
+    _pairs_look_up[B,_pieces(2*M, 16),_pieces(D, BD)](cells, pairs, rows, kept, M, N, *cells.stride(), D, BD=BD, BM=16, LOW=low)
     return rows,kept
 
 def _round_all(tokens, prefix):
     "(B T, D) all tokens, those before the cells zero, for the way forward and for the way back"
     (B,T,D),x = tokens.shape,tokens.contiguous()
     rows,kept = _factors(x, B*T, D, True)
-    _cells_round[triton.cdiv(x.numel(), 2048),](x, rows, kept, x.numel(), T, D, prefix=prefix, BLOCK=2048, num_warps=8)
+    _cells_round[_pieces(x.numel(), 2048),](x, rows, kept, x.numel(), T, D, prefix=prefix, BLOCK=2048, num_warps=8)
     return rows,kept
 
 # %% ../nbs/21_speed_loss.ipynb #716c9f7b
@@ -211,7 +214,7 @@ def _at_cells(dx, pairs, T, prefix, dtype):
     "(B, T, D) sums of (2 m B, D) gradients"
     (B,M,_),D = pairs.shape,dx.shape[-1]
     dtokens,(NB,BD) = dx.new_empty(B, T, D, dtype=dtype),(64,128)
-    _pairs_to_cells[B,triton.cdiv(T, NB),triton.cdiv(D, BD)](dx, pairs, dtokens, M, T, prefix, D, BD=BD, BM=32, NB=NB, LOW=dx.dtype==torch.bfloat16 and dx.is_cuda)
+    _pairs_to_cells[B,_pieces(T, NB),_pieces(D, BD)](dx, pairs, dtokens, M, T, prefix, D, BD=BD, BM=32, NB=NB, LOW=dx.dtype==torch.bfloat16 and dx.is_cuda)
     return dtokens
 
 # %% ../nbs/21_speed_loss.ipynb #633430bc
@@ -224,7 +227,7 @@ def _ahead(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Te
         else: x,kept,w = tokens.reshape(-1, tokens.shape[2]).float(),w1.new_empty(0, tokens.shape[2]),_halves(w1)
         pre = _times(x, w)
     error,sign,sizes = w1.new_empty(B, m),w1.new_empty(B, m, 2),_sizes(N, pairs, len(b1), 128)
-    _pairs_forward[B,triton.cdiv(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, N, prefix, rows, cols, BM=16, num_warps=8, **sizes)
+    _pairs_forward[B,_pieces(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, N, prefix, rows, cols, BM=16, num_warps=8, **sizes)
     return error,sign,pre,kept
 
 _losses = torch.library.custom_op('vt_drloc::pair_losses', _ahead, mutates_args=())
@@ -244,7 +247,7 @@ def _back(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Ten
     w = w1.reshape(-1, D) if s['CELLS'] else w1
     if s['CELLS'] and not low: x = _cells_alone(tokens, prefix)
     dpre,parts = torch.empty_like(pre, dtype=half),w1.new_empty(B, 3*len(b1)+2)
-    least = lambda n: max(16, triton.next_power_of_2(n))
+    least = lambda n: max(16, _power_of_2(n))
     _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, prefix, NB=least(N) if s['CELLS'] else 16,
                                        BM=min(64, least(m)), LOW=low and x.is_cuda, num_stages=1, **s)
     with torch.autocast(tokens.device.type, enabled=False): dx,dw = _times_back(dpre, x, w, tokens.dtype if s['CELLS'] else half)
