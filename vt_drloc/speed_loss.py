@@ -152,6 +152,19 @@ def _cells_round(tokens, out, kept, n, T, D, prefix: tl.constexpr, BLOCK: tl.con
     tl.store(out + at, _float16(x), mask=at < n)
     tl.store(kept + at, x.to(tl.bfloat16), mask=at < n)
 
+def _factors(x, rows, D, low):
+    "Room for two roundings of rows"
+    kinds = (torch.float16,torch.bfloat16) if low else (torch.float32,)
+    made = [x.new_empty(rows, D, dtype=d) for d in kinds]
+    return made[0],made[-1]
+
+def _round_all(tokens, prefix):
+    "(B T, D) all tokens, those before the cells zero, for the way forward and for the way back"
+    (B,T,D),x = tokens.shape,tokens.contiguous()
+    rows,kept = _factors(x, B*T, D, True)
+    _cells_round[_pieces(x.numel(), 2048),](x, rows, kept, x.numel(), T, D, prefix=prefix, BLOCK=2048, num_warps=8)
+    return rows,kept
+
 # %% ../nbs/21_speed_loss.ipynb #9a27c0e2
 @jit
 def _pairs_look_up(cells, pairs, out, kept, M, N, image, cell, one, D, BD: tl.constexpr, BM: tl.constexpr, LOW: tl.constexpr):
@@ -164,24 +177,11 @@ def _pairs_look_up(cells, pairs, out, kept, M, N, image, cell, one, D, BD: tl.co
     tl.store(out + at, _float16(x) if LOW else x, mask=ok)
     if LOW: tl.store(kept + at, x.to(tl.bfloat16), mask=ok)
 
-def _factors(x, rows, D, low):
-    "Room for two roundings of rows"
-    kinds = (torch.float16,torch.bfloat16) if low else (torch.float32,)
-    made = [x.new_empty(rows, D, dtype=d) for d in kinds]
-    return made[0],made[-1]
-
 def _look_up(cells, pairs, low):
     "(m B, 2D) both cells of each pair side by side, for the way forward and for the way back"
     (B,M,_),(_,N,D) = pairs.shape,cells.shape
     (rows,kept),BD = _factors(cells, B*M, 2*D, low),min(128, _power_of_2(D))
     _pairs_look_up[B,_pieces(2*M, 16),_pieces(D, BD)](cells, pairs, rows, kept, M, N, *cells.stride(), D, BD=BD, BM=16, LOW=low)
-    return rows,kept
-
-def _round_all(tokens, prefix):
-    "(B T, D) all tokens, those before the cells zero, for the way forward and for the way back"
-    (B,T,D),x = tokens.shape,tokens.contiguous()
-    rows,kept = _factors(x, B*T, D, True)
-    _cells_round[_pieces(x.numel(), 2048),](x, rows, kept, x.numel(), T, D, prefix=prefix, BLOCK=2048, num_warps=8)
     return rows,kept
 
 # %% ../nbs/21_speed_loss.ipynb #716c9f7b
