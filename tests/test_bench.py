@@ -359,9 +359,13 @@ def test_a_plan_runs_and_writes(tmp_path):
     assert r['recipe']['seed']==1 and r['recipe']['drloc']=='paper' and r['epochs'][-1]['drloc']>0
     assert r['seconds']+r['compile_s']==pytest.approx(r['epochs'][-1]['wall_s']) and r['n_valid']==360
 
+def test_each_variation_can_be_asked_for():
+    "`--only` separates names by commas, so no name may hold one"
+    assert not [n for n in SWEEP if ',' in n or n!=n.strip()]
+
 def test_a_plan_with_another_network():
     "Its options change and nothing else, in a process that got them as JSON, and what is no option is named"
-    net = json.loads(json.dumps(SWEEP['stem 96, 192']['net']))
+    net = json.loads(json.dumps(SWEEP['wider stem']['net']))
     r,plain = bench._settings(PLANS['hybrid_m'], net=net, epochs=8).check(),bench._settings(PLANS['hybrid_m'], epochs=8).check()
     a,b = create_model(r.model, 7),create_model('hybrid_m', 7)
     assert r.model!='hybrid_m' and asdict(r) | dict(model='hybrid_m', name=plain.name)==asdict(plain)

@@ -835,7 +835,7 @@ def run_plan(
 SWEEP = {'as planned':{}, 'lr 5e-4':dict(lr=5e-4), 'lr 2e-3':dict(lr=2e-3), 'lr 3e-3':dict(lr=3e-3), 'wd 0.02':dict(wd=.02), 'wd 0.15':dict(wd=.15),
          'warmup 3':dict(warmup=3), 'tfms paper':dict(tfms='paper'), 'tfms light':dict(tfms='light'), 'no mixing':dict(mix=False),
          'drop path 0.1':dict(drop_path=.1), 'batch 256':dict(bs=256), 'side task 0.5':dict(lambda_drloc=.5), 'no side task':dict(drloc='none')}
-SWEEP |= {n: dict(net=o) for n,o in {'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'stem 96, 192':dict(stem=(96,192))}.items()}
+SWEEP |= {n: dict(net=o) for n,o in {'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'wider stem':dict(stem=(96,192))}.items()}
 
 # %% ../nbs/22_bench.ipynb #2d074ac3
 def _in_slots(jobs, slots, say):
