@@ -361,7 +361,17 @@ def test_a_plan_runs_and_writes(tmp_path):
 
 def test_each_variation_can_be_asked_for():
     "`--only` separates names by commas, so no name may hold one"
-    assert not [n for n in SWEEP if ',' in n or n!=n.strip()]
+    assert not [n for n in SWEEP if ',' in n or '+' in n or n!=n.strip()]
+    assert bench.variation('no mixing + wider stem+lr 2e-3 + residuals 2')==dict(mix=False, lr=2e-3, net=dict(stem=(96,192), residuals=2))
+    assert all(bench.variation(n)==SWEEP[n] for n in SWEEP)
+
+def test_runs_stay_on_the_gpus_that_the_program_may_use(monkeypatch):
+    "A run gets the name by which the whole machine knows its GPU, not its place among those that are visible"
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
+    assert bench._slots('cuda', 2)==['3','5','3','5'] and bench._slots('cpu', 2)==[None]*2
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    monkeypatch.setattr(bench.torch.cuda, 'device_count', lambda: 2)
+    assert bench._slots('cuda', 1)==['0','1']
 
 def test_a_plan_with_another_network():
     "Its options change and nothing else, in a process that got them as JSON, and what is no option is named"

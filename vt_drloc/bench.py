@@ -9,8 +9,8 @@ __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SW
            'case_circumstances', 'prepare', 'Worker', 'await_ready', 'measure_cases', 'one_by_one', 'Released', 'Rival',
            'mean_interval', 'ratio', 'goal', 'augment_rows', 'side_goals', 'side_parts', 'minutes_of', 'whole_goals',
            'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'Plan', 'cct_7_3x1', 'simple_vit', 'timm_vit',
-           'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'sweep_rows', 'quality_rows', 'quality_table',
-           'quality_goals', 'main']
+           'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'variation', 'sweep_rows', 'quality_rows',
+           'quality_table', 'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, select, subprocess, sys, tempfile, time
@@ -649,11 +649,16 @@ def gpu_goals(
 SECTIONS['gpus'] = gpu_rows
 
 # %% ../nbs/22_bench.ipynb #641e2387
+def _gpus():
+    "The GPUs that this program may use, by the names that its processes know them by"
+    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
+
 def _curve_run(n, seed, out, device, path, settings):
     "Train with `n` processes by the console script; its run record"
     args = dict(device=device, seed=seed, out=Path(out)/f'{n}', **(dict(path=path) if path else {}), **settings)
     cmd = [*_launch('vt_drloc.train', n),'--no-bar',*[o for k,v in args.items() for o in (f'--{k}',str(v))]]
-    gpu = dict(CUDA_VISIBLE_DEVICES=str(seed%torch.cuda.device_count())) if n==1 and device=='cuda' else {}
+    gpu = dict(CUDA_VISIBLE_DEVICES=_gpus()[seed%len(_gpus())]) if n==1 and device=='cuda' else {}
     return subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ, **gpu))
 
 _short = dict(cuda=dict(data='cifar10', model='cvt_mini', drloc='paper', epochs=8, bs=512, warmup=2),
@@ -837,6 +842,15 @@ SWEEP = {'as planned':{}, 'lr 5e-4':dict(lr=5e-4), 'lr 2e-3':dict(lr=2e-3), 'lr 
          'drop path 0.1':dict(drop_path=.1), 'batch 256':dict(bs=256), 'side task 0.5':dict(lambda_drloc=.5), 'no side task':dict(drloc='none')}
 SWEEP |= {n: dict(net=o) for n,o in {'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'wider stem':dict(stem=(96,192))}.items()}
 
+def variation(
+    name:str, # In `SWEEP`, or several of them joined by ' + '
+)->dict: # Settings of a recipe, and `net`, options of its network
+    "What a variation of a plan changes"
+    parts = [n.strip() for n in name.split('+')]
+    if unknown := [n for n in parts if n not in SWEEP]: raise ValueError(f"no variation {unknown[0]!r}; there are: {', '.join(SWEEP)}")
+    net = {k: v for n in parts for k,v in SWEEP[n].get('net', {}).items()}
+    return {k: v for n in parts for k,v in SWEEP[n].items() if k!='net'} | (dict(net=net) if net else {})
+
 # %% ../nbs/22_bench.ipynb #2d074ac3
 def _in_slots(jobs, slots, say):
     "Run commands, each on the GPU of a free slot; `jobs` is name -> command"
@@ -855,20 +869,20 @@ def _in_slots(jobs, slots, say):
         time.sleep(.2)
 
 # %% ../nbs/22_bench.ipynb #26c2f59b
-def _slots(device, beside): return [g for _ in range(beside) for g in (range(torch.cuda.device_count()) if device=='cuda' else [None])]
+def _slots(device, beside): return [g for _ in range(beside) for g in (_gpus() if device=='cuda' else [None])]
 
 def _plan_command(**job): return [*_launch('vt_drloc.bench'),'--worker',json.dumps(dict(kind='plan', **job)),'--device',job['device']]
 
 def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', epochs=36, beside=4, **_):
     "Accuracy of a plan's variations on held-out training images"
     names = [n.strip() for n in only.split(',') if n.strip()] or list(SWEEP)
-    if unknown := [n for n in names if n not in SWEEP]: raise ValueError(f"only={only!r}: no variation {unknown[0]!r}; there are: {', '.join(SWEEP)}")
+    changes = {n: variation(n) for n in names}
     with tempfile.TemporaryDirectory() as tmp:
         files = {n: Path(tmp)/f'{i}.json' for i,n in enumerate(names)}
-        jobs = {n: _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs or 36, heldout=PLANS[plan].heldout, **SWEEP[n]) for n,f in files.items()}
+        jobs = {n: _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs or 36, heldout=PLANS[plan].heldout, **changes[n]) for n,f in files.items()}
         _in_slots(jobs, _slots(device, beside), say)
         recs = {n: json.loads(f.read_text()) for n,f in files.items() if f.exists()}
-    return [dict(name=n, plan=plan, changes=SWEEP[n], epochs=len(r['epochs']), status=r['status'], n_valid=r['n_valid'],
+    return [dict(name=n, plan=plan, changes=changes[n], epochs=len(r['epochs']), status=r['status'], n_valid=r['n_valid'],
                  accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss']) for n,r in recs.items()]
 
 SECTIONS['sweep'] = sweep_rows
