@@ -236,7 +236,7 @@ def test_unshifted_is_attention_on_each_window(nh, nw, s, heads):
 def test_operands_are_contiguous(monkeypatch):
     "Compiled bf16 fused attention on permuted views turned NaN in torch 2.11"
     seen,real = [],F.scaled_dot_product_attention
-    def spy(q, k, v, attn_mask): seen.append((q,k,v,attn_mask)); return real(q, k, v, attn_mask=attn_mask)
+    def spy(q, k, v, attn_mask, **kw): seen.append((q,k,v,attn_mask)); return real(q, k, v, attn_mask=attn_mask, **kw)
     monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
     small()(photo(24, 32, B=2))
     assert len(seen)==5 and all(t.is_contiguous() for ts in seen for t in ts)

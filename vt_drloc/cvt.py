@@ -11,10 +11,11 @@ __all__ = ['CvTEmbed', 'CvTAttention', 'QuickGELU', 'CvTBlock', 'CvTStage', 'CvT
 # %% ../nbs/13_cvt.ipynb #48ce7bf8
 import math,re
 from fastcore.basics import patch
-import torch, torch.nn.functional as F
+import torch
 from torch import nn
 from einops import rearrange
 from .tokens import *
+from .attention import *
 from .vit import *
 from .hybrid import *
 
@@ -89,7 +90,7 @@ def forward(self:CvTAttention,
     cls,cells = x.split([x.shape[1]-h*w, h*w], 1)
     grid = to_grid(cells.contiguous(), h, w)
     q,key,v = (self.project(part, cls, grid) for part in (self.q,self.k,self.v))
-    x = F.scaled_dot_product_attention(q, key, v, scale=self.scale)
+    x = fused_attention(q, key, v, scale=self.scale)
     return self.proj(rearrange(x, 'b n hw d -> b hw (n d)'))
 
 # %% ../nbs/13_cvt.ipynb #ba80833f

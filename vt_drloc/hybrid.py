@@ -12,7 +12,7 @@ __all__ = ['ConvProjection', 'ConvAttention', 'ConvBlock', 'CvT', 'cvt_mini', 'f
 import math,re
 from functools import partial
 from fastcore.basics import patch
-import torch, torch.nn.functional as F
+import torch
 from torch import nn
 from einops import rearrange
 from .tokens import *
@@ -60,7 +60,7 @@ class ConvAttention(nn.Module):
         q = rearrange(self.q(grid), 'b hw (n d) -> b n hw d', n=n)
         kv = rearrange(self.kv(grid), 'b hw (two n d) -> two b n hw d', two=2, n=n)
         key,v = kv.contiguous().unbind(0)
-        x = F.scaled_dot_product_attention(q.contiguous(), key, v)
+        x = fused_attention(q.contiguous(), key, v)
         x = self.proj(rearrange(x, 'b n hw d -> b hw (n d)'))
         return to_grid(x, *grid.shape[-2:])
 

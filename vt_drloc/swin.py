@@ -138,7 +138,7 @@ def forward(self:WindowAttention, x):
     if any(shift): x = x.roll([-n for n in shift], (1,2))
     q,key,v = self.split(x)
     bias = self.bias_mask(H, W, shift).to(q.dtype).contiguous()
-    x = self.merge(F.scaled_dot_product_attention(q, key, v, attn_mask=bias), H, W)
+    x = self.merge(fused_attention(q, key, v, bias), H, W)
     if any(shift): x = x.roll(shift, (1,2))
     return self.proj(x[:,:h,:w])
 

@@ -67,7 +67,7 @@ def split(self:TokenTransformer, x):
 def mix(self:TokenTransformer, q, key, v):
     "Attention of one head: three of (B, N, width) -> (B, N, width)"
     q,key,v = (t[:,None] for t in (q,key,v))         # (B, 1, N, width)
-    return F.scaled_dot_product_attention(q, key, v, scale=self.scale)[:,0]
+    return fused_attention(q, key, v, scale=self.scale)[:,0]
 
 # %% ../nbs/12_t2t.ipynb #fbb6d952
 @patch
