@@ -42,6 +42,17 @@ def test_what_a_user_allows_stays(as_on_a_gpu, heard):
     assert heard==[dict(no, math=True)]*2 + [dict(everything, cudnn=False)]
     with sdpa_kernel(B.CUDNN_ATTENTION): assert attention._but_cudnn()==[]
 
+def test_it_can_be_allowed(monkeypatch, heard):
+    "On a GPU, which this tensor claims to be on, by the switch that the benchmark sets for a case"
+    from types import SimpleNamespace
+    from vt_drloc.bench import Case, _switches
+    gpu = SimpleNamespace(is_cuda=True)
+    assert attention._may_take_cudnn(gpu) and not attention._may_take_cudnn(SimpleNamespace(is_cuda=False))
+    monkeypatch.setattr(attention, 'allow_cudnn', False)
+    for cudnn in (True,False):
+        _switches(Case('s', 'n', cudnn=cudnn, precision='float32'), 'cpu')
+        assert attention._may_take_cudnn(gpu) is not cudnn
+
 def test_on_the_cpu_nothing_is_asked(monkeypatch, heard):
     monkeypatch.setattr(attention, '_but_cudnn', lambda: pytest.fail('asked'))
     fused_attention(*parts())
@@ -67,20 +78,21 @@ def test_every_network_goes_through_it(name, as_on_a_gpu, heard):
     create_model(name, 3, img_size=32)(torch.randn(2, 3, 32, 32))
     assert heard and all(o==dict(everything, cudnn=False) for o in heard)
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('compiled', [False,True])
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+@pytest.mark.parametrize('compiled', [False,True] if device=='cuda' else [False])
 @pytest.mark.parametrize('keys', [49,64,192,197])
 @pytest.mark.parametrize('masked', [False,True])
-def test_gradients_are_finite_on_a_gpu(keys, masked, compiled):
-    "Similarities of -120 and 64 keys beyond a multiple of 128 made cuDNN's backward pass return NaN, torch 2.11 and later"
+def test_gradients_are_finite_and_right(keys, masked, compiled):
+    """With similarities of -120 and 64 keys beyond a multiple of 128, cuDNN's backward pass gave NaN on a GPU, torch 2.11 and later.
+    In the first channel large keys cancel, which bfloat16 cannot hold; the others are compared with float32"""
     torch.manual_seed(0); torch._dynamo.reset()
-    q,key,v,dout = (.1*torch.randn(4, 2, keys, 32, device='cuda') for _ in range(4))
+    q,key,v,dout = (.1*torch.randn(4, 2, keys, 32, device=device) for _ in range(4))
     q[...,0],key[...,0] = 1.,-120*32**.5
-    bias = torch.zeros(keys, keys, device='cuda') if masked else None
+    bias = torch.zeros(keys, keys, device=device) if masked else None
     def gradients(f, dtype):
-        args = [t.to(dtype).requires_grad_() for t in (q, key, v)]
-        return torch.autograd.grad(f(*args, None if bias is None else bias.to(dtype)), args, dout.to(dtype))
+        args = [t.bfloat16().to(dtype).requires_grad_() for t in (q, key, v)]
+        return torch.autograd.grad(f(*args, None if bias is None else bias.to(dtype)), args, dout.bfloat16().to(dtype))
     got = gradients(torch.compile(fused_attention, fullgraph=True) if compiled else fused_attention, torch.bfloat16)
     assert all(g.isfinite().all() for g in got)
-    q,key,v = (t.bfloat16().float() for t in (q, key, v))
-    for g,w in zip(got, gradients(attend, torch.float32)): assert (g.float()-w).norm() < .03*w.norm()
+    for g,w in zip(got, gradients(attend, torch.float32)): assert (g.float()-w)[...,1:].norm() < .03*w[...,1:].norm()

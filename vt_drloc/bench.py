@@ -43,6 +43,7 @@ class Case:
     attention:bool = False # Window attention in one kernel
     skip:bool = False # Drop path that computes only what it keeps
     patches:bool = False # Patches as a product
+    cudnn:bool = False # Let PyTorch choose cuDNN's attention, which the networks leave out
     mode:str = '' # Of `torch.compile`; empty: its default
     arms:tuple = ('compiled',) # 'eager' or 'compiled'; behind it nothing, 'side', or a first piece of it: 'out', 'draw', 'grid'
     kind:str = 'steps' # 'steps' on one batch; 'released': the same from packages alone; 'rival': that with its data; 'learner': all of fastai's training
@@ -188,6 +189,8 @@ def memory(self:Steps)->dict: # peak_bytes, `None` if unknown; peak_of: how it w
 # %% ../nbs/22_bench.ipynb #fbc83ab8
 def _switches(case, device):
     "What a process sets before it measures"
+    from vt_drloc import attention
+    attention.allow_cudnn = case.cudnn
     if torch.device(device).type=='cuda': torch.backends.cudnn.benchmark = True
     if case.precision=='bf16': torch.set_float32_matmul_precision('high')
 
@@ -543,6 +546,7 @@ SECTIONS['speed'] = [
 SECTIONS['modes'] = [
     *[_swin(name=mode or 'default', section='modes', batch=256, mode=mode, **_fast) for mode in ('','max-autotune-no-cudagraphs','reduce-overhead')],
     *[_swin(name=name, section='modes', batch=256, arms=('eager',), **kw) for name,kw in (('not compiled', {}), ('not compiled, fast parts', _fast))]]
+SECTIONS['attention'] = [Case('attention', m + ", cuDNN's"*cudnn, model=m, cudnn=cudnn, mode='reduce-overhead', lead=.3) for m in ('t2t_vit_14','cvt_13_gap') for cudnn in (False,True)]
 
 # %% ../nbs/22_bench.ipynb #e67106f2
 def _with_side(section, model, batch, size=224, arms=('compiled','compiled side'), **kw):
