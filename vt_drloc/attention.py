@@ -29,17 +29,6 @@ def attend(
     return sim.softmax(-1) @ v
 
 # %% ../nbs/02_attention.ipynb #0e19d68b
-@torch.compiler.assume_constant_result
-def _but_cudnn():
-    "Kernels that are allowed now, cuDNN's left out; none if that is not allowed anyway"
-    have = torch.backends.cuda
-    allowed = dict(FLASH_ATTENTION=have.flash_sdp_enabled(), EFFICIENT_ATTENTION=have.mem_efficient_sdp_enabled(), MATH=have.math_sdp_enabled())
-    return [getattr(SDPBackend, k) for k,on in allowed.items() if on and have.cudnn_sdp_enabled()]
-
-allow_cudnn = False # True: PyTorch may choose cuDNN's kernels too
-
-def _may_take_cudnn(x): return x.is_cuda and not allow_cudnn
-
 def fused_attention(
     q:torch.Tensor, # (..., N, d) queries
     key:torch.Tensor, # (..., M, d) keys
@@ -51,6 +40,18 @@ def fused_attention(
     allowed = _but_cudnn() if _may_take_cudnn(q) else []
     with sdpa_kernel(allowed) if allowed else nullcontext():
         return F.scaled_dot_product_attention(q, key, v, attn_mask=bias, scale=scale)
+
+# %% ../nbs/02_attention.ipynb #0e19d68e
+@torch.compiler.assume_constant_result
+def _but_cudnn():
+    "Kernels that are allowed now, cuDNN's left out; none if that is not allowed anyway"
+    have = torch.backends.cuda
+    allowed = dict(FLASH_ATTENTION=have.flash_sdp_enabled(), EFFICIENT_ATTENTION=have.mem_efficient_sdp_enabled(), MATH=have.math_sdp_enabled())
+    return [getattr(SDPBackend, k) for k,on in allowed.items() if on and have.cudnn_sdp_enabled()]
+
+allow_cudnn = False # True: PyTorch may choose cuDNN's kernels too
+
+def _may_take_cudnn(x): return x.is_cuda and not allow_cudnn
 
 # %% ../nbs/02_attention.ipynb #0e19d68c
 class Attention(nn.Module):

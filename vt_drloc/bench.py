@@ -509,7 +509,7 @@ def goal(
     "Hold what was measured to what was wanted, by the worse end of its interval"
     x,low,high = found if isinstance(found, tuple) else (found,)*3
     met = high<=most if least is None else low>=least
-    return dict(goal=what, measured=x, low=low, high=high, wanted=f'at most {most:g}' if least is None else f'at least {least:g}', met=bool(met))
+    return dict(goal=what, measured=x, low=low, high=high, wanted=f'at most {most:.3g}' if least is None else f'at least {least:.3g}', met=bool(met))
 
 # %% ../nbs/22_bench.ipynb #38351921
 def augment_rows(device, rounds, minutes, say, **_):
@@ -693,7 +693,7 @@ def curve_goals(
     for what in ('train','valid'):
         a,b = ([r[what][-1] for r in rec['rows'] if r['processes']==n] for n in (1,2))
         noise = t.ppf(.975, len(a)+len(b)-2)*((stdev(a)**2+stdev(b)**2)/2*(1/len(a)+1/len(b)))**.5
-        res.append(goal(f'|difference of the mean last {what} loss|, against the 95 % range of seeds', abs(mean(a)-mean(b)), most=noise))
+        res.append(goal(f'|last {what} loss, one GPU - two|, by seeds', abs(mean(a)-mean(b)), most=noise))
     return res
 
 # %% ../nbs/22_bench.ipynb #214e6622
