@@ -313,7 +313,7 @@ def test_curves_agree_or_not():
     other = rec('curves', *[run(1, i, 1.+.01*i) for i in range(3)], *[run(2, i, 1.1+.01*i) for i in range(3)])
     assert all(met(curve_goals(same)).values()) and not any(met(curve_goals(other)).values())
     half = 2.7764451051977987*.01*(2/3)**.5                                  # Student's t with four degrees of freedom, deviation 0.01
-    assert curve_goals(same)[0]['measured']==pytest.approx(.005) and curve_goals(same)[0]['wanted']==f'at most {half:g}'
+    assert curve_goals(same)[0]['measured']==pytest.approx(.005) and curve_goals(same)[0]['wanted']==f'at most {half:.3g}'
 
 # --- time to quality
 
