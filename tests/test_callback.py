@@ -748,6 +748,13 @@ def test_nan_after_a_short_or_skipped_epoch_and_in_the_last_step():
             if self.iter==3: self.model.head.bias.data.fill_(float('inf'))
     with pytest.raises(NonFiniteLossError, match='epoch 0, validation'): learner(StopOnNonFinite()).fit(2, cbs=BadStep())
 
+def test_what_to_try_against_a_nan():
+    "cuDNN's attention is named where it can have been at work: on a GPU, unless it is forbidden there"
+    gpu,cpu = torch.device('cuda'),torch.device('cpu')
+    assert 'enable_cudnn_sdp(False)' in mod._advice(gpu) and mod._advice(cpu).endswith('float32')
+    try: torch.backends.cuda.enable_cudnn_sdp(False); assert mod._advice(gpu)==mod._advice(cpu)
+    finally: torch.backends.cuda.enable_cudnn_sdp(True)
+
 def test_nan_is_no_matter_outside_a_fit():
     learn = learner(StopOnNonFinite())
     learn.model.head.bias.data.fill_(float('nan'))

@@ -469,6 +469,11 @@ class StopOnNonFinite(Callback):
 class NonFiniteLossError(RuntimeError):
     "The loss became NaN or infinite"
 
+def _advice(device):
+    "What to try when it did"
+    cudnn = device.type=='cuda' and torch.backends.cuda.cudnn_sdp_enabled()
+    return 'Try a lower learning rate, clipping, or float32' + "; in a network of your own also torch.backends.cuda.enable_cudnn_sdp(False), since cuDNN's attention can give NaN"*cudnn
+
 @patch
 def look(self:StopOnNonFinite):
     "Read the mark; raise if there is one"
@@ -477,5 +482,4 @@ def look(self:StopOnNonFinite):
     epoch,step = divmod(int(self.bad), n+1)
     kept = self.checkpoint or first(self.learn._grab_cbs(SaveModelCallback).attrgot('last_saved_path'))
     kept = f"the last good checkpoint is {kept}" if kept and Path(kept).exists() else "no checkpoint was written before it"
-    raise NonFiniteLossError(f"loss is not finite from epoch {epoch}, {f'step {step}' if step<n else 'validation'} on; {kept}. "
-                             "Try a lower learning rate, clipping, or float32")
+    raise NonFiniteLossError(f"loss is not finite from epoch {epoch}, {f'step {step}' if step<n else 'validation'} on; {kept}. {_advice(self.bad.device)}")
