@@ -42,16 +42,15 @@ def test_what_a_user_allows_stays(as_on_a_gpu, heard):
     assert heard==[dict(no, math=True)]*2 + [dict(everything, cudnn=False)]
     with sdpa_kernel(B.CUDNN_ATTENTION): assert attention._but_cudnn()==[]
 
-def test_it_can_be_allowed(monkeypatch, heard):
-    "On a GPU, which this tensor claims to be on, by the switch that the benchmark sets for a case"
-    from types import SimpleNamespace
+def test_a_case_of_the_benchmark_can_take_it(as_on_a_gpu, heard):
+    "By PyTorch's own switches, which belong to the case's process"
     from vt_drloc.bench import Case, _switches
-    gpu = SimpleNamespace(is_cuda=True)
-    assert attention._may_take_cudnn(gpu) and not attention._may_take_cudnn(SimpleNamespace(is_cuda=False))
-    monkeypatch.setattr(attention, 'allow_cudnn', False)
-    for cudnn in (True,False):
-        _switches(Case('s', 'n', cudnn=cudnn, precision='float32'), 'cpu')
-        assert attention._may_take_cudnn(gpu) is not cudnn
+    try:
+        _switches(Case('s', 'n', cudnn=True, precision='float32'), 'cpu')
+        assert allowed()==dict.fromkeys(everything, False) | dict(cudnn=True) and attention._but_cudnn()==[]
+    finally: have.enable_flash_sdp(True); have.enable_mem_efficient_sdp(True); have.enable_math_sdp(True)
+    _switches(Case('s', 'n', precision='float32'), 'cpu')
+    assert allowed()==everything
 
 def test_on_the_cpu_nothing_is_asked(monkeypatch, heard):
     monkeypatch.setattr(attention, '_but_cudnn', lambda: pytest.fail('asked'))

@@ -371,7 +371,7 @@ def test_runs_stay_on_the_gpus_that_the_program_may_use(monkeypatch):
     assert bench._slots('cuda', 2)==['3','5','3','5'] and bench._slots('cpu', 2)==[None]*2
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     monkeypatch.setattr(bench.torch.cuda, 'device_count', lambda: 2)
-    assert bench._slots('cuda', 1)==['0','1']
+    assert bench._slots('cuda', 1)==['0','1'] and bench.visible_gpus(4)==['0','1','2','3']
 
 def test_a_plan_with_another_network():
     "Its options change and nothing else, in a process that got them as JSON, and what is no option is named"

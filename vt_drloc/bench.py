@@ -26,7 +26,7 @@ from .models import MODELS, Entry, create_model, list_models, model_info
 from .loss import DrlocLoss
 from .pairs import sample_pairs
 from .hybrid import as_backbone
-from .compare import bench_circumstances, peak_memory, write_json
+from .compare import bench_circumstances, peak_memory, visible_gpus, write_json
 
 # %% ../nbs/22_bench.ipynb #3c1c4209
 @dataclass
@@ -43,7 +43,7 @@ class Case:
     attention:bool = False # Window attention in one kernel
     skip:bool = False # Drop path that computes only what it keeps
     patches:bool = False # Patches as a product
-    cudnn:bool = False # Let PyTorch choose cuDNN's attention, which the networks leave out
+    cudnn:bool = False # Allow cuDNN's attention alone, which the networks leave out otherwise
     mode:str = '' # Of `torch.compile`; empty: its default
     arms:tuple = ('compiled',) # 'eager' or 'compiled'; behind it nothing, 'side', or a first piece of it: 'out', 'draw', 'grid'
     kind:str = 'steps' # 'steps' on one batch; 'released': the same from packages alone; 'rival': that with its data; 'learner': all of fastai's training
@@ -189,8 +189,8 @@ def memory(self:Steps)->dict: # peak_bytes, `None` if unknown; peak_of: how it w
 # %% ../nbs/22_bench.ipynb #fbc83ab8
 def _switches(case, device):
     "What a process sets before it measures"
-    from vt_drloc import attention
-    attention.allow_cudnn = case.cudnn
+    have = torch.backends.cuda
+    if case.cudnn: have.enable_flash_sdp(False); have.enable_mem_efficient_sdp(False); have.enable_math_sdp(False)
     if torch.device(device).type=='cuda': torch.backends.cudnn.benchmark = True
     if case.precision=='bf16': torch.set_float32_matmul_precision('high')
 
@@ -653,16 +653,11 @@ def gpu_goals(
 SECTIONS['gpus'] = gpu_rows
 
 # %% ../nbs/22_bench.ipynb #641e2387
-def _gpus():
-    "The GPUs that this program may use, by the names that its processes know them by"
-    named = os.environ.get('CUDA_VISIBLE_DEVICES')
-    return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
-
 def _curve_run(n, seed, out, device, path, settings):
     "Train with `n` processes by the console script; its run record"
     args = dict(device=device, seed=seed, out=Path(out)/f'{n}', **(dict(path=path) if path else {}), **settings)
     cmd = [*_launch('vt_drloc.train', n),'--no-bar',*[o for k,v in args.items() for o in (f'--{k}',str(v))]]
-    gpu = dict(CUDA_VISIBLE_DEVICES=_gpus()[seed%len(_gpus())]) if n==1 and device=='cuda' else {}
+    gpu = dict(CUDA_VISIBLE_DEVICES=(gpus := visible_gpus())[seed%len(gpus)]) if n==1 and device=='cuda' else {}
     return subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ, **gpu))
 
 _short = dict(cuda=dict(data='cifar10', model='cvt_mini', drloc='paper', epochs=8, bs=512, warmup=2),
@@ -873,7 +868,7 @@ def _in_slots(jobs, slots, say):
         time.sleep(.2)
 
 # %% ../nbs/22_bench.ipynb #26c2f59b
-def _slots(device, beside): return [g for _ in range(beside) for g in (_gpus() if device=='cuda' else [None])]
+def _slots(device, beside): return [g for _ in range(beside) for g in (visible_gpus() if device=='cuda' else [None])]
 
 def _plan_command(**job): return [*_launch('vt_drloc.bench'),'--worker',json.dumps(dict(kind='plan', **job)),'--device',job['device']]
 

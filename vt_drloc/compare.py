@@ -6,7 +6,7 @@ Docs: https://SET_ME.github.io/vt_drloc/compare.html.md"""
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'RIVALS', 'multiply_adds', 'activations', 'costs', 'final_grid', 'reach', 'Contender', 'contenders',
-           'Bench', 'peak_memory', 'measure', 'check_gradients', 'cases', 'git_revision', 'device_name',
+           'Bench', 'peak_memory', 'measure', 'check_gradients', 'cases', 'git_revision', 'device_name', 'visible_gpus',
            'bench_circumstances', 'Record', 'write_json', 'read_record', 'main']
 
 # %% ../nbs/18_compare.ipynb #f440a1d3
@@ -372,6 +372,14 @@ def device_name(
 )->str: # 'CPU', if it is no GPU
     "What a device is called"
     return torch.cuda.get_device_name(device) if torch.device(device).type=='cuda' else 'CPU'
+
+# %% ../nbs/18_compare.ipynb #056afe9d
+def visible_gpus(
+    n:int=None, # How many there are; None: as many as PyTorch sees
+)->list: # of str
+    "The GPUs that this program may use, by the names that processes which it starts know them by"
+    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count() if n is None else n)]
 
 # %% ../nbs/18_compare.ipynb #f22e9ee7
 def _versions():

@@ -23,6 +23,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.script import anno_parser, call_parse
 from .models import replacing
 from .bench import mean_interval
+from .compare import visible_gpus
 from .train import Recipe, _arm, _need_a_task, _speed_alone, _task_alone, main as train_main, read_records, run_name
 
 # %% ../nbs/23_evidence.ipynb #e29682b1
@@ -123,7 +124,7 @@ class Runner:
         if minutes is not None and not minutes > 0: raise ValueError(f"minutes={minutes}: must be above 0; leave it out for no limit")
         store_attr()
         self.out,self.start = Path(out),time.monotonic()
-        ids = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus)))).split(',')
+        ids = visible_gpus(gpus)
         if len(ids) < gpus: raise ValueError(f"gpus={gpus}, but CUDA_VISIBLE_DEVICES names {len(ids)}")
         self.places = [(d,i) for i in range(beside) for d in (ids[:gpus] if gpus else ['cpu'])]
         self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else list(range(os.cpu_count()))
