@@ -237,6 +237,7 @@ def test_flip_can_be_off():
     assert (slope(PaperAugment(32, flip=0., p=0., erase=0.))>0).all()
     assert 70<(slope(PaperAugment(32, flip=0.5, p=0., erase=0.))>0).sum()<130
     assert get_tfms('paper', 224, flip=False)[0].flip==0 and get_tfms('paper', 224)[0].flip==0.5 and get_tfms('paper_exact', 96)[0].mode=='exact'
+    assert get_tfms('strong', 32)[0].area==(.8,1.) and get_tfms('paper', 32)[0].area==(.08,1.)
 
 class HostReads(TorchDispatchMode):
     "Counts what would make the host wait for a device, or copy to it from memory that is not pinned"
@@ -265,10 +266,12 @@ def test_compiles_as_one_graph(mode):
 
 def test_bad_input():
     with pytest.raises(ValueError, match="mode='quick': choose 'fast' or 'exact'"): PaperAugment(32, mode='quick')
+    for area in ((0,1.), (.5,1.1), (.9,.8)):
+        with pytest.raises(ValueError, match=r"area=\(.*\): give the least and the most"): PaperAugment(32, area=area)
     with pytest.raises(TypeError, match='torch.float32: PaperAugment takes uint8'): PaperAugment(32).run(torch.rand(2,3,32,32))
     with pytest.raises(ValueError, match=r"80 x 80 pixels are larger than the result of 64 x 64.*mode='exact'"): PaperAugment(64).run(photos(3, 80))
     assert PaperAugment(64, mode='exact').run(photos(3, 80)).shape==(3,3,64,64)
-    with pytest.raises(ValueError, match='choose from none, light, paper, paper_exact'): get_tfms('papier')
+    with pytest.raises(ValueError, match='choose from none, light, strong, paper, paper_exact'): get_tfms('papier')
 
 def test_speed_table():
     rows = augment_speed(cpu, bs=4, size=40, seconds=0.01, workers=0)

@@ -394,14 +394,18 @@ def test_plans_are_what_they_say():
 
 def test_sweep_is_judged_on_held_out_images(monkeypatch, tmp_path):
     jobs = {}
+    used = []
     def run_here(js, slots, say):
+        used.append(len(slots))
         for name,cmd in js.items():
             jobs[name] = job = json.loads(cmd[cmd.index('--worker')+1])
-            open(job['file'], 'w').write(json.dumps(dict(epochs=[dict(valid_loss=1.)], status='complete', n_valid=job['heldout'], accuracy=.5)))
+            open(job['file'], 'w').write(json.dumps(dict(epochs=[dict(valid_loss=1.)], status='complete', n_valid=job['heldout'], accuracy=.5, seconds=9., compile_s=1.)))
     monkeypatch.setattr(bench, '_in_slots', run_here)
     rows = bench.sweep_rows('cpu', 1, 1, print)
     assert [r['name'] for r in rows]==list(SWEEP) and all(r['n_valid']==5000 for r in rows) and jobs['lr 2e-3']['lr']==2e-3
     assert [r['name'] for r in bench.sweep_rows('cpu', 1, 1, print, only='no mixing')]==['no mixing'] and jobs['no mixing']['mix'] is False
+    assert jobs['no mixing']['epochs']==0 and used==[1,1] and rows[0]['seconds']==9.       # a GPU for each, and the plan's minutes
+    assert 'seconds' not in bench.sweep_rows('cpu', 1, 1, print, only='lr 2e-3', epochs=4)[0] and jobs['lr 2e-3']['epochs']==4 and used[-1]==4
     with pytest.raises(ValueError, match="no variation 'lr'"): bench.sweep_rows('cpu', 1, 1, print, only='lr')
     with pytest.raises(ValueError, match="unknown plan 'hybrid'; there are: hybrid_s"): bench.quality_rows('cpu', 1, 1, print, plan='hybrid')
 

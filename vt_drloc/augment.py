@@ -109,15 +109,16 @@ class EraseEach(DisplayedTransform):
 
 # %% ../nbs/09_augment.ipynb #5ff81f96
 def get_tfms(
-    name:str='light', # `none`, `light`, `paper`, `paper_exact`
+    name:str='light', # `none`, `light`, `strong`, `paper`, `paper_exact`
     size:int=32,      # image side in pixels: the largest shift is an eighth of it, `paper` crops to it
     flip:bool=True    # flip left and right; not for digits or letters
 )->list: # for `get_dls(batch_tfms=...)`
     "The batch transforms of a training recipe."
     from vt_drloc.randaugment import PaperAugment                      # Part II
     size = tuple(size) if is_listy(size) else (size,size)
+    paper = partial(PaperAugment, size, flip=0.5*flip)
     recipes = dict(none=lambda: [], light=lambda: [AffineEach(flip=0.5*flip, shift=max(size)//8), LightEach(), EraseEach()],
-                   paper=lambda: [PaperAugment(size, flip=0.5*flip)], paper_exact=lambda: [PaperAugment(size, flip=0.5*flip, mode='exact')])
+                   strong=lambda: [paper(area=(0.8,1.))], paper=lambda: [paper()], paper_exact=lambda: [paper(mode='exact')])
     if name not in recipes: raise ValueError(f'no transforms called {name!r}: choose from {", ".join(recipes)}')
     return recipes[name]()
 

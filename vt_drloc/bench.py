@@ -701,7 +701,7 @@ class Plan:
     heldout:int = 5000 # Training images that a sweep is judged on
 
 quick = dict(data='cifar10', drloc='paper', compile=True, bs=512, lr=1e-3, warmup=5, tfms='light', mix=True, drop_path=0.)
-long = dict(tfms='paper', drop_path=.1)
+long = dict(tfms='strong', drop_path=.1)
 
 # %% ../nbs/22_bench.ipynb #e50c461e
 def cct_7_3x1(
@@ -736,10 +736,10 @@ def timm_convit(
 
 # %% ../nbs/22_bench.ipynb #7a1bd0e4
 PEERS = {f.__name__:f for f in (cct_7_3x1, simple_vit, timm_vit, timm_convit)}
-PLANS = {'hybrid_s': Plan('hybrid_s', 2), 'hybrid_m': Plan('hybrid_m', 7.5, long),
+PLANS = {'hybrid_s': Plan('hybrid_s', 2), 'hybrid_m': Plan('hybrid_m', 9, long),
          'try': Plan('demo_cvt', .05, dict(data='digits', bs=64, lr=8e-3, warmup=1, tfms='none', mix=False, compile=False), 300),
          **{n: Plan(n, 2, dict(drloc='none')) for n in PEERS},
-         **{f'{n}_long': Plan(n, 7.5, dict(drloc='none', tfms='paper')) for n in PEERS}}
+         **{f'{n}_long': Plan(n, 9, dict(drloc='none', tfms='strong')) for n in PEERS}}
 
 # %% ../nbs/22_bench.ipynb #860d1706
 class _NoOptions:
@@ -837,9 +837,9 @@ def run_plan(
 
 # %% ../nbs/22_bench.ipynb #e4846b7c
 SWEEP = {'as planned':{}, 'lr 5e-4':dict(lr=5e-4), 'lr 2e-3':dict(lr=2e-3), 'lr 3e-3':dict(lr=3e-3), 'wd 0.02':dict(wd=.02), 'wd 0.15':dict(wd=.15),
-         'warmup 3':dict(warmup=3), 'tfms paper':dict(tfms='paper'), 'tfms light':dict(tfms='light'), 'no mixing':dict(mix=False),
+         'warmup 3':dict(warmup=3), 'tfms paper':dict(tfms='paper'), 'tfms strong':dict(tfms='strong'), 'tfms light':dict(tfms='light'), 'no mixing':dict(mix=False),
          'drop path 0.1':dict(drop_path=.1), 'batch 256':dict(bs=256), 'side task 0.5':dict(lambda_drloc=.5), 'no side task':dict(drloc='none')}
-SWEEP |= {n: dict(net=o) for n,o in {'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'wider stem':dict(stem=(96,192))}.items()}
+SWEEP |= {n: dict(net=o) for n,o in {'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'residuals 5':dict(residuals=5), 'wider stem':dict(stem=(96,192))}.items()}
 
 def variation(
     name:str, # In `SWEEP`, or several of them joined by ' + '
@@ -872,17 +872,17 @@ def _slots(device, beside): return [g for _ in range(beside) for g in (visible_g
 
 def _plan_command(**job): return [*_launch('vt_drloc.bench'),'--worker',json.dumps(dict(kind='plan', **job)),'--device',job['device']]
 
-def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', epochs=36, beside=4, **_):
+def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', epochs=0, beside=4, **_):
     "Accuracy of a plan's variations on held-out training images"
     names = [n.strip() for n in only.split(',') if n.strip()] or list(SWEEP)
     changes = {n: variation(n) for n in names}
     with tempfile.TemporaryDirectory() as tmp:
         files = {n: Path(tmp)/f'{i}.json' for i,n in enumerate(names)}
-        jobs = {n: _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs or 36, heldout=PLANS[plan].heldout, **changes[n]) for n,f in files.items()}
-        _in_slots(jobs, _slots(device, beside), say)
+        jobs = {n: _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs, heldout=PLANS[plan].heldout, **changes[n]) for n,f in files.items()}
+        _in_slots(jobs, _slots(device, beside if epochs else 1), say)
         recs = {n: json.loads(f.read_text()) for n,f in files.items() if f.exists()}
     return [dict(name=n, plan=plan, changes=changes[n], epochs=len(r['epochs']), status=r['status'], n_valid=r['n_valid'],
-                 accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss']) for n,r in recs.items()]
+                 accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss'], **({} if epochs else dict(seconds=r['seconds'], compile_s=r['compile_s']))) for n,r in recs.items()]
 
 SECTIONS['sweep'] = sweep_rows
 
@@ -968,8 +968,8 @@ def main(
     plan:str='hybrid_s', # For sweep and quality: a plan
     seeds:str='0,1,2', # For curves and quality
     only:str='', # For sweep: names of variations, separated by commas; empty: all
-    epochs:int=0, # For sweep and quality; 0: 36 for a sweep, as many as fit for quality
-    beside:int=4, # For sweep: runs that share a GPU
+    epochs:int=0, # For sweep and quality; 0: as many as fit into the plan's minutes
+    beside:int=4, # For sweep with `epochs`: runs that share a GPU
     worker:str='', # Used by the program itself: a job as JSON
 ):
     "Run one section of the benchmark and write its record"
@@ -978,6 +978,6 @@ def main(
     if device=='cuda' and not torch.cuda.is_available(): sys.exit("vt_drloc.bench: no GPU; the sections are made for an H200 (--device cpu tries the program out)")
     try: rec = _run_section(section, device, rounds, minutes, path=path, plan=plan, seeds=tuple(map(int, seeds.split(','))), only=only, epochs=epochs, beside=beside, out=out)
     except (ValueError, RuntimeError) as e: sys.exit(f'vt_drloc.bench: {e}')
-    name = f'sweep-{plan}' if section=='sweep' else section
+    name = f'sweep-{plan}' + '-minutes'*(not epochs) if section=='sweep' else section
     if section!='quality': write_json(Path(out)/f'{name}.json', rec)        # its runs have written theirs
     _report(rec)

@@ -118,10 +118,11 @@ def paper_draws(
     flip:float=0.5,   # probability of a left-right flip
     erase:float=0.25, # probability of an erased box
     crop:bool=True,   # crop at random; False: take the whole source
+    area=(0.08,1.),   # share of the source's area that a crop takes
     **kwargs          # for `random_ops`
 )->Draws:
     "All draws of the paper's protocol for one batch, on the device."
-    box = random_crops(B, side, device)
+    box = random_crops(B, side, device, area)
     if not crop: box = torch.stack([torch.full_like(box[0], v) for v in (0,0,*side)])
     return Draws(box, torch.rand(B, device=device)<flip, *random_ops(B, size, device, **kwargs), random_erasing(B, size, device, p=erase))
 
@@ -446,10 +447,12 @@ class PaperAugment(DisplayedTransform):
         erase:float=0.25,     # probability of an erased box
         p:float=0.5,          # probability that a drawn operation is applied
         crop:bool=True,       # crop at random; False: the batch was cropped before
+        area=(0.08,1.),       # share of the source's area that a crop takes, least and most
         compile:bool=None,    # compile; None: on a GPU
         dtype=torch.float32   # of the result
     ):
         if mode not in ('fast','exact'): raise ValueError(f"mode={mode!r}: choose 'fast' or 'exact'")
+        if not 0<area[0]<=area[1]<=1: raise ValueError(f"area={area!r}: give the least and the most of the area that a crop takes, 0 < least <= most <= 1")
         store_attr()
         self.size = (size,size) if isinstance(size, int) else tuple(size)
         self._compiled = None
@@ -471,7 +474,7 @@ def run(self:PaperAugment,
 )->Tensor: # (B, 3, h, w) normalised
     "Draw and apply."
     if x.dtype!=torch.uint8: raise TypeError(f'{x.dtype}: PaperAugment takes uint8 images, before IntToFloatTensor')
-    d = paper_draws(len(x), x.shape[2:], self.size, x.device, self.flip, self.erase, self.crop, p=self.p)
+    d = paper_draws(len(x), x.shape[2:], self.size, x.device, self.flip, self.erase, self.crop, self.area, p=self.p)
     return self.apply(x, d)
 
 # %% ../nbs/19_randaugment.ipynb #27842f57
@@ -490,7 +493,7 @@ def apply(self:PaperAugment, x:Tensor, d:Draws)->Tensor:
 @patch
 def uncropped(self:PaperAugment):
     "The same for batches that were cropped and resized before."
-    return PaperAugment(self.size, self.flip, self.mode, self.erase, self.p, False, self.compile, self.dtype)
+    return PaperAugment(self.size, self.flip, self.mode, self.erase, self.p, False, self.area, self.compile, self.dtype)
 
 @patch
 def __getstate__(self:PaperAugment): return {**self.__dict__, '_compiled':None}

@@ -559,7 +559,7 @@ def _own(r):
     "Settings that the name of a run tells, where they are not the default"
     info = MODELS.get(r.model)
     lam = '' if r.lambda_drloc in (None, info and info.lambda_drloc) or r.drloc=='none' else f'lambda{r.lambda_drloc:g}'
-    aug = f'aug_{r.tfms}' if r.tfms in ('paper','paper_exact') else ''
+    aug = f'aug_{r.tfms}' if r.tfms in ('strong','paper','paper_exact') else ''
     some = [(r.schedule, r.schedule), (f'm{r.m}', r.m!=64), (f'pool{r.pool}', r.pool!='auto'), (f'share{r.share:g}', r.share<1), (f'images{r.share_seed}', r.share<1 and r.share_seed),
             (f'heldout{r.heldout}', r.heldout), (f'laid{r.laid_out}', r.laid_out not in (None, r.epochs))]
     return [o for o in (r.control, lam, aug, *(name for name,differs in some if differs)) if o]
