@@ -700,8 +700,8 @@ class Plan:
     recipe:dict = field(default_factory=dict) # Settings of its `Recipe` that differ from `quick`
     heldout:int = 5000 # Training images that a sweep is judged on
 
-quick = dict(data='cifar10', drloc='paper', compile=True, bs=512, lr=1e-3, warmup=5, tfms='light', mix=True, drop_path=0.)
-long = dict(tfms='strong', drop_path=.1)
+quick = dict(data='cifar10', drloc='paper', compile=True, bs=512, lr=2e-3, warmup=5, tfms='light', mix=False, drop_path=0.)
+long = dict(lr=1e-3, tfms='strong', mix=True, drop_path=.1)
 
 # %% ../nbs/22_bench.ipynb #e50c461e
 def cct_7_3x1(
@@ -739,7 +739,7 @@ PEERS = {f.__name__:f for f in (cct_7_3x1, simple_vit, timm_vit, timm_convit)}
 PLANS = {'hybrid_s': Plan('hybrid_s', 2), 'hybrid_m': Plan('hybrid_m', 9, long),
          'try': Plan('demo_cvt', .05, dict(data='digits', bs=64, lr=8e-3, warmup=1, tfms='none', mix=False, compile=False), 300),
          **{n: Plan(n, 2, dict(drloc='none')) for n in PEERS},
-         **{f'{n}_long': Plan(n, 9, dict(drloc='none', tfms='strong')) for n in PEERS}}
+         **{f'{n}_long': Plan(n, 9, dict(long, drloc='none', drop_path=0.)) for n in PEERS}}
 
 # %% ../nbs/22_bench.ipynb #860d1706
 class _NoOptions:
@@ -836,10 +836,10 @@ def run_plan(
     return _fit(recipe, device, path, rec, file)
 
 # %% ../nbs/22_bench.ipynb #e4846b7c
-SWEEP = {'as planned':{}, 'lr 5e-4':dict(lr=5e-4), 'lr 2e-3':dict(lr=2e-3), 'lr 3e-3':dict(lr=3e-3), 'wd 0.02':dict(wd=.02), 'wd 0.15':dict(wd=.15),
-         'warmup 3':dict(warmup=3), 'tfms paper':dict(tfms='paper'), 'tfms strong':dict(tfms='strong'), 'tfms light':dict(tfms='light'), 'no mixing':dict(mix=False),
+SWEEP = {'as planned':{}, 'lr 5e-4':dict(lr=5e-4), 'lr 1e-3':dict(lr=1e-3), 'lr 2e-3':dict(lr=2e-3), 'lr 3e-3':dict(lr=3e-3), 'wd 0.02':dict(wd=.02), 'wd 0.15':dict(wd=.15),
+         'warmup 3':dict(warmup=3), 'tfms paper':dict(tfms='paper'), 'tfms strong':dict(tfms='strong'), 'tfms light':dict(tfms='light'), 'no mixing':dict(mix=False), 'mixing':dict(mix=True),
          'drop path 0.1':dict(drop_path=.1), 'batch 256':dict(bs=256), 'side task 0.5':dict(lambda_drloc=.5), 'no side task':dict(drloc='none')}
-SWEEP |= {n: dict(net=o) for n,o in {'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'residuals 5':dict(residuals=5), 'wider stem':dict(stem=(96,192))}.items()}
+SWEEP |= {n: dict(net=o) for n,o in {'residuals 1':dict(residuals=1), 'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'residuals 5':dict(residuals=5), 'wider stem':dict(stem=(96,192))}.items()}
 
 def variation(
     name:str, # In `SWEEP`, or several of them joined by ' + '
@@ -887,11 +887,12 @@ def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', 
 SECTIONS['sweep'] = sweep_rows
 
 # %% ../nbs/22_bench.ipynb #077ea323
-def quality_rows(device, rounds, minutes, say, path='', plan='hybrid_s', seeds=(0,1,2), epochs=0, out='.', **_):
-    "Train a plan with each seed, one run a GPU at a time"
+def quality_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', seeds=(0,1,2), epochs=0, out='.', **_):
+    "Train a plan, or one variation of it, with each seed, one run a GPU at a time"
     if plan not in PLANS: raise ValueError(f"unknown plan {plan!r}; there are: {', '.join(PLANS)}")
+    changes = variation(only) if only else {}
     files = {s: Path(out)/'quality'/f'{plan}-s{s}.json' for s in seeds}
-    jobs = {f'{plan}, seed {s}': _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs, seed=s) for s,f in files.items()}
+    jobs = {f'{plan}, seed {s}': _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs, seed=s, **changes) for s,f in files.items()}
     _in_slots(jobs, _slots(device, 1), say)
     return quality_table([json.loads(f.read_text()) for f in files.values() if f.exists()])
 
@@ -967,7 +968,7 @@ def main(
     path:str='', # Where the data lies, for curves, sweep and quality
     plan:str='hybrid_s', # For sweep and quality: a plan
     seeds:str='0,1,2', # For curves and quality
-    only:str='', # For sweep: names of variations, separated by commas; empty: all
+    only:str='', # For sweep: names of variations, separated by commas; empty: all. For quality: one variation; empty: the plan
     epochs:int=0, # For sweep and quality; 0: as many as fit into the plan's minutes
     beside:int=4, # For sweep with `epochs`: runs that share a GPU
     worker:str='', # Used by the program itself: a job as JSON

@@ -149,7 +149,7 @@ class Hybrid(nn.Module):
         num_classes:int=10, # Outputs
         in_ch:int=3, # C, channels of the image
         stem:tuple=(64,128), # Widths at the image's own size and at half of it
-        residuals:int=1, # `ConvResidual`s at half of the image's size
+        residuals:int=3, # `ConvResidual`s at half of the image's size
         dim:int=256, # D of the tokens
         depth:int=8, # Blocks
         heads:int=4, # Heads a block
@@ -192,14 +192,14 @@ def hybrid_s(
     num_classes:int=10, # Outputs
     **kw, # Anything else of `Hybrid`
 )->Hybrid:
-    "Hybrid for 32 x 32 images: 8 x 8 tokens of width 256, 8 blocks, 7.0 M parameters"
+    "Hybrid for 32 x 32 images: 8 x 8 tokens of width 256, 8 blocks, 7.6 M parameters"
     return Hybrid(num_classes, **kw)
 
 def hybrid_m(
     num_classes:int=10, # Outputs
     **kw, # Anything else of `Hybrid`
 )->Hybrid:
-    "Hybrid for 32 x 32 images: 8 x 8 tokens of width 384, 6 blocks, 11.5 M parameters"
+    "Hybrid for 32 x 32 images: 8 x 8 tokens of width 384, 6 blocks, 12.1 M parameters"
     return Hybrid(num_classes, **{**dict(dim=384, depth=6, heads=6), **kw})
 
 # %% ../nbs/13_models.ipynb #725562af
