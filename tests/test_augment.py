@@ -1,5 +1,5 @@
 "The paper's augmentation on the device: against PIL and timm on the same parameters, and its draws against timm's own."
-import shutil, random
+import pickle, random, shutil
 from functools import lru_cache
 import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
@@ -8,14 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 import matplotlib; matplotlib.use('Agg')
-from fastai.vision.all import Learner, TensorImage, set_seed
+from fastai.vision.all import DisplayedTransform, Learner, TensorImage, set_seed
 from timm.data import auto_augment as timm_aa
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 import vt_drloc.randaugment as R
 from vt_drloc.randaugment import *
-from vt_drloc.augment import MixupCutmix, get_tfms
+from vt_drloc.augment import AsOne, MixupCutmix, get_tfms
 from vt_drloc.data import get_dls, photo_crops
 
 cpu = torch.device('cpu')
@@ -312,7 +312,52 @@ def test_mixing_is_timms(kw):
         set_seed(seed); theirs = Mixup(kw.get('mixup', 0.8), kw.get('cutmix', 1.), label_smoothing=0.1, num_classes=10)(x.clone(), y)
         assert torch.allclose(learn.xb[0], theirs[0], atol=1e-5) and torch.allclose(learn.yb[0], theirs[1], atol=1e-6)
 
+def light_loader(device=cpu, **kw):
+    "A training loader of digits and one raw batch of it"
+    dl = get_dls('digits', bs=64, batch_tfms=get_tfms('light'), device=device, **kw).train
+    dl.before_iter()
+    return dl,dl.dataset.to(torch.device(device)).batch(torch.arange(64, device=device))
+
+def test_transforms_as_one_function():
+    "The same numbers, fastai's types, and the list of transforms stays"
+    dl,b = light_loader()
+    one = AsOne(dl.after_batch, backend='eager')
+    set_seed(3); x,y = dl.after_batch(b)
+    set_seed(3); u,v = one(b)
+    assert type(u) is TensorImage and torch.allclose(x, u, atol=1e-5) and v.equal(y) and type(v) is type(y)
+    assert [type(t).__name__ for t in one.fs]==['IntToFloatTensor','AffineEach','LightEach','Normalize','EraseEach'] and one.run() is one.run()
+
+def test_as_one_follows_its_list():
+    dl,b = light_loader()
+    one = AsOne(dl.after_batch, backend='eager'); one(b)
+    one.split_idx = 1                                                       # nothing that is meant for training alone
+    assert one(b)[0].equal(one(b)[0])
+    one.split_idx = 0
+    class Black(DisplayedTransform):
+        order = 200
+        def encodes(self, x:TensorImage): return x*0
+    one.add([Black()])                                                      # no plain form: called one after the other
+    assert one.run() is None and one(b)[0].abs().sum()==0 and type(one(b)[0]) is TensorImage
+    again = pickle.loads(pickle.dumps(AsOne(dl.after_batch, backend='eager')))
+    assert len(again.fs)==len(dl.after_batch.fs) and again(b)[0].shape==b[0].shape
+
 # ---- on a GPU
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_as_one_on_a_gpu():
+    "Compiled it gives what the transforms give, its own numbers scatter like theirs, and nothing waits"
+    import torch._inductor.config as inductor
+    dl,b = light_loader('cuda')
+    with inductor.patch(fallback_random=True):
+        set_seed(3); x,_ = dl.after_batch(b)
+        set_seed(3); u,_ = AsOne(dl.after_batch)(b)
+    assert type(u) is TensorImage and torch.allclose(x, u, atol=1e-4)
+    torch._dynamo.reset(); one = AsOne(dl.after_batch); one(b)
+    torch.cuda.set_sync_debug_mode('error')
+    try: us = torch.stack([one(b)[0].as_subclass(torch.Tensor) for _ in range(20)])
+    finally: torch.cuda.set_sync_debug_mode('default')
+    xs = torch.stack([dl.after_batch(b)[0].as_subclass(torch.Tensor) for _ in range(20)])
+    assert not us[0].equal(us[1]) and (us.mean()-xs.mean()).abs()<.03 and (us.std()/xs.std()-1).abs()<.03
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 @pytest.mark.parametrize('mode', ['fast','exact'])

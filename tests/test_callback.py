@@ -270,6 +270,23 @@ def test_clipped_by_the_joint_norm_once(norm_type):
         assert total > 0.02
         for g,h in zip(b, a): torch.testing.assert_close(h, g*0.01/(total+1e-6), rtol=1e-5, atol=1e-9)
 
+def test_norms_are_measured_once(monkeypatch):
+    "fastai's own clip rests where model and MLP were clipped together, works where there is no MLP, and is as it was after a fit that fails"
+    calls,real = [],nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, 'clip_grad_norm_', lambda ps, *a: (calls.append(len(list(ps := list(ps)))), real(ps, *a))[1])
+    clip = GradientClip(0.01)
+    learn = learner([drloc(), clip])
+    learn.fit(1)
+    n = len(learn.dls.train)
+    assert calls==[len([*learn.model.parameters(), *learn.drloc.mlp_params])]*n and clip.run
+    class Fails(Callback):
+        order = 99
+        def before_step(self): assert not clip.run; raise RuntimeError('on purpose')
+    with pytest.raises(RuntimeError, match='on purpose'): learn.fit(1, cbs=Fails())
+    assert clip.run
+    calls.clear(); learn.remove_cb(learn.drloc); learn.fit(1)
+    assert calls==[len(list(learn.model.parameters()))]*n
+
 # --- torch.compile
 
 def compiled_and_run(m, backend):

@@ -294,12 +294,13 @@ def after_backward(self:DrlocCallback):
 class _JointClip(Callback):
     "Clip the model and the MLP by their common norm, where a `GradientClip` asks for clipping"
     order,run_valid = MixedPrecision.order+0.5,False
-    def __init__(self, drloc): self.drloc = drloc
+    def __init__(self, drloc): self.drloc,self.own = drloc,None
     def before_step(self):
         mlp = [p for p in self.drloc.mlp_params if p.grad is not None]
-        if not mlp: return
+        if self.own is None: self.own = list(self.model.parameters())
         for c in self.learn._grab_cbs(GradientClip):
-            nn.utils.clip_grad_norm_([*self.model.parameters(), *mlp], c.max_norm, c.norm_type)
+            if mlp: nn.utils.clip_grad_norm_([*self.own, *mlp], c.max_norm, c.norm_type)
+            c.run = not mlp
 
 # %% ../nbs/07_callback.ipynb #9603aea8
 def _stand_in(name):
@@ -371,6 +372,7 @@ def before_fit(self:DrlocCallback):
     undo.callback(self._leave)
     undo.callback(setattr, learn, 'metrics', learn.metrics)
     undo.callback(learn.remove_cb, clip)
+    for c in learn._grab_cbs(GradientClip): undo.callback(setattr, c, 'run', c.run)
     learn.metrics = learn.metrics + self._columns()
     learn.add_cb(clip)
 

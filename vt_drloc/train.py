@@ -31,8 +31,8 @@ from .hybrid import Adapter, as_backbone, unwrap
 from .pairs import sample_pairs
 from .loss import DrlocLoss, best_guess, pair_errors, predict_pairs
 from .callback import DrlocCallback, StopOnNonFinite, _rank
-from .data import MemoryImages, get_dls, list_data, stratified
-from .augment import get_tfms, MixupCutmix
+from .data import MemoryDL, MemoryImages, get_dls, list_data, stratified
+from .augment import get_tfms, AsOne, MixupCutmix
 from .models import MODELS, create_model, demo_cvt, list_models, model_info, replacing, save_model
 from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, best_constant, drloc_callback, lambda_schedule
 from .compare import device_name, git_revision
@@ -654,6 +654,10 @@ def _same_batches(dl):
     best = max(d for d in range(1, max(dl.bs, 512)+1) if dl.n%d==0)
     if best >= dl.bs/2: dl.bs = best
 
+def _as_one(dl, device):
+    "Compile what is done to a batch as well, on a GPU, where all batches have one shape"
+    if device.type=='cuda' and isinstance(dl, MemoryDL): dl.after_batch = AsOne(dl.after_batch)
+
 # %% ../nbs/10_train.ipynb #46ddde78
 def build(
     recipe:Recipe, # what to run
@@ -683,6 +687,7 @@ def build(
     if r.compile:
         model.compile(**_compile_args(r, device))
         _same_batches(dls.valid)
+        _as_one(dls.train, device)
     if out: cbs += _files(r, out, dls, device, beside, probe, save_every, minutes, resume)
     for dl in dls: share(dl)
     if _rank(): set_seed(own_seed(r.seed))
