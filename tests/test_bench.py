@@ -399,7 +399,7 @@ def test_sweep_is_judged_on_held_out_images(monkeypatch, tmp_path):
         used.append(len(slots))
         for name,cmd in js.items():
             jobs[name] = job = json.loads(cmd[cmd.index('--worker')+1])
-            open(job['file'], 'w').write(json.dumps(dict(epochs=[dict(valid_loss=1.)], status='complete', n_valid=job['heldout'], accuracy=.5, seconds=9., compile_s=1.)))
+            open(job['file'], 'w').write(json.dumps(dict(epochs=[dict(valid_loss=1.)], status='complete', n_valid=job['heldout'], accuracy=.5, seconds=9., compile_s=1., n_train=1000, recipe=dict(bs=100))))
     monkeypatch.setattr(bench, '_in_slots', run_here)
     rows = bench.sweep_rows('cpu', 1, 1, print)
     assert [r['name'] for r in rows]==list(SWEEP) and all(r['n_valid']==5000 for r in rows) and jobs['lr 2e-3']['lr']==2e-3

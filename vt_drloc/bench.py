@@ -811,7 +811,7 @@ def _fit(recipe, device, path, rec, file=None):
     "Train a recipe under the clock"
     from vt_drloc.train import build
     learn = build(recipe, device=device, bar=False, **(dict(path=path) if path else {}))
-    rec.update(epochs=[], params=sum(p.numel() for p in learn.model.parameters()), n_valid=learn.dls.info['n_valid'])
+    rec.update(epochs=[], params=sum(p.numel() for p in learn.model.parameters()), n_train=learn.dls.info['n_train'], n_valid=learn.dls.info['n_valid'])
     with learn.no_logging(): learn.fit(recipe.epochs, recipe.lr, cbs=_clock(rec, file, device))
     return rec
 
@@ -882,7 +882,7 @@ def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', 
         _in_slots(jobs, _slots(device, beside if epochs else 1), say)
         recs = {n: json.loads(f.read_text()) for n,f in files.items() if f.exists()}
     return [dict(name=n, plan=plan, changes=changes[n], epochs=len(r['epochs']), status=r['status'], n_valid=r['n_valid'],
-                 accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss'], **({} if epochs else dict(seconds=r['seconds'], compile_s=r['compile_s']))) for n,r in recs.items()]
+                 accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss'], **({} if epochs else dict(seconds=r['seconds'], compile_s=r['compile_s'], steps=len(r['epochs'])*(r['n_train']//r['recipe']['bs'])))) for n,r in recs.items()]
 
 SECTIONS['sweep'] = sweep_rows
 
