@@ -7,9 +7,9 @@ Docs: https://SET_ME.github.io/vt_drloc/bench.html.md"""
 # %% auto #0
 __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SWEEP', 'GOALS', 'Case', 'Steps',
            'case_circumstances', 'prepare', 'Worker', 'await_ready', 'measure_cases', 'one_by_one', 'Released', 'Rival',
-           'mean_interval', 'ratio', 'goal', 'augment_rows', 'side_goals', 'side_parts', 'minutes_of', 'whole_goals',
-           'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'Plan', 'cct_7_3x1', 'simple_vit', 'timm_vit',
-           'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'variation', 'sweep_rows', 'quality_rows',
+           'mean_interval', 'ratio', 'goal', 'augment_rows', 'vt_goals', 'side_goals', 'side_parts', 'minutes_of',
+           'whole_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'Plan', 'cct_7_3x1', 'simple_vit',
+           'timm_vit', 'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'variation', 'sweep_rows', 'quality_rows',
            'quality_table', 'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
@@ -548,6 +548,21 @@ SECTIONS['modes'] = [
     *[_swin(name=name, section='modes', batch=256, arms=('eager',), **kw) for name,kw in (('not compiled', {}), ('not compiled, fast parts', _fast))]]
 SECTIONS['attention'] = [Case('attention', m + ", cuDNN's"*cudnn, model=m, cudnn=cudnn, mode='reduce-overhead', lead=.3) for m in ('t2t_vit_14','cvt_13_gap') for cudnn in (False,True)]
 
+# %% ../nbs/22_bench.ipynb #9a27d004
+_released = dict(t2t_vit_14=(1819,8.8), cvt_13_gap=(1301,12.4)) # its images/s and GiB
+
+def vt_goals(
+    rec:dict, # Record of the section `attention`
+)->list: # of `goal`s
+    "Speed over that of the released code, and peak memory"
+    res = []
+    for r in rec['rows']:
+        if 'error' in r or r['cudnn']: continue
+        speed,gib = _released[r['model']]
+        res += [goal(f"{r['model']}, compiled: speed / the released code's", mean_interval([r['batch']/s/speed for s in r['block_s']]), least=2.2),
+                goal(f"{r['model']}, compiled: peak memory in GiB", r['peak_bytes']/2**30, most=gib)]
+    return res
+
 # %% ../nbs/22_bench.ipynb #e67106f2
 def _with_side(section, model, batch, size=224, arms=('compiled','compiled side'), **kw):
     "A case with and without the side task"
@@ -923,7 +938,7 @@ def quality_goals(
                     goal(f'{name}: seeds', r['seeds'], least=3), goal(f'{name}: first epoch / the others, compilation apart', r['first_epoch'], most=1.05)]
     return res
 
-GOALS = dict(**dict.fromkeys(('side',*_at512,'side_eager','side512_eager','side_small','cpu'), side_goals), whole=whole_goals, gpus=gpu_goals, curves=curve_goals, quality=quality_goals)
+GOALS = dict(**dict.fromkeys(('side',*_at512,'side_eager','side512_eager','side_small','cpu'), side_goals), attention=vt_goals, whole=whole_goals, gpus=gpu_goals, curves=curve_goals, quality=quality_goals)
 
 # %% ../nbs/22_bench.ipynb #73734fb6
 def _line(r):
