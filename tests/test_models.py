@@ -117,7 +117,7 @@ def test_parameters(name, millions):
 @pytest.mark.parametrize('name', MINIS)
 def test_minis_are_small(name):
     n = sum(p.numel() for p in create_model(name).parameters())
-    assert n < (12e6 if name.startswith('hybrid') else 3e6) and (name=='demo_cvt' or n > 1e6)
+    assert n < (12.5e6 if name.startswith('hybrid') else 3e6) and (name=='demo_cvt' or n > 1e6)
 
 @pytest.mark.parametrize('name', ALL)
 def test_default_size(name):
@@ -225,9 +225,10 @@ def test_hybrid_is_its_parts():
     m = randomize(create_model('hybrid_s', 4, stem=(8,16), dim=32, depth=1, heads=2))
     x = torch.randn(2,3,16,24)
     def conv(x, p, stride=1): return F.batch_norm(F.conv2d(x, p[0].weight, stride=stride, padding=1), p[1].running_mean, p[1].running_var, p[1].weight, p[1].bias)
-    c1,_,c2,_,res,c3,pos = m.stem
+    c1,_,c2,_,*shortcuts,c3,pos = m.stem
+    assert len(shortcuts)==3
     g = F.gelu(conv(F.gelu(conv(x, c1)), c2, 2))
-    g = F.gelu(g + conv(F.gelu(conv(g, res.conv1)), res.conv2))
+    for o in shortcuts: g = F.gelu(g + conv(F.gelu(conv(g, o.conv1)), o.conv2))
     g = conv(g, c3, 2)
     g = g + F.conv2d(g, pos.conv.weight, pos.conv.bias, padding=1, groups=32)
     layer,b = torch.nn.TransformerEncoderLayer(32, 2, 128, 0., F.gelu, batch_first=True, norm_first=True).eval(),m.blocks[0]

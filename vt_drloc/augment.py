@@ -149,25 +149,29 @@ class AsOne(Pipeline):
         super().__init__(tfms, tfms.split_idx)
         self.compile_args,self._made = compile_args,(None,None)
 
-    def run(self):
-        "The compiled function; made anew when the list of transforms has changed"
-        fs = [t for t in self.fs if t.split_idx in (None,self.split_idx)]
-        if self._made[0]!=fs:
-            parts = [plain(t) for t in fs]
-            self._made = fs,None if None in parts else torch.compile(_in_turn(parts), fullgraph=True, dynamic=False, **self.compile_args)
-        return self._made[1]
-
-    def __call__(self, o):
-        f = self.run() if isinstance(o, tuple) and isinstance(o[0], TensorImage) else None
-        return super().__call__(o) if f is None else (TensorImage(f(o[0].as_subclass(Tensor))),*o[1:])
-
     def __getstate__(self): return {**self.__dict__, '_made':(None,None)}
 
+
+# %% ../nbs/09_augment.ipynb #a5e00020
 def _in_turn(fs):
     def augment(x):
         for f in fs: x = f(x)
         return x
     return augment
+
+@patch
+def run(self:AsOne):
+    "The compiled function; made anew when the list of transforms has changed"
+    fs = [t for t in self.fs if t.split_idx in (None,self.split_idx)]
+    if self._made[0]!=fs:
+        parts = [plain(t) for t in fs]
+        self._made = fs,None if None in parts else torch.compile(_in_turn(parts), fullgraph=True, dynamic=False, **self.compile_args)
+    return self._made[1]
+
+@patch
+def __call__(self:AsOne, o):
+    f = self.run() if isinstance(o, tuple) and isinstance(o[0], TensorImage) else None
+    return Pipeline.__call__(self, o) if f is None else (TensorImage(f(o[0].as_subclass(Tensor))),*o[1:])
 
 # %% ../nbs/09_augment.ipynb #5cd7290a
 class MixupCutmix(Callback):
