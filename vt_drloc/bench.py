@@ -644,6 +644,12 @@ def whole_goals(
     res = [goal(what, ratio(s[a], s[b]), least=least) for what,a,b,least in ratios if a in s and b in s]
     return res + ([goal('minutes for 100 epochs of CIFAR-10 at 224 px', mean_interval(minutes_of(learn)), most=18)] if 'valid_s' in learn else [])
 
+# %% ../nbs/22_bench.ipynb #9a27d007
+_short_step = partial(Case, 'whole_small', model='hybrid_s', size=32)
+SECTIONS['whole_small'] = [c for b in (512,256) for c in (
+    _short_step(f'bare step, batch {b}', batch=b, mode='reduce-overhead', lead=.3),
+    _short_step(f'Learner, batch {b}', batch=b, kind='learner', steps=90, recipe=dict(drloc='paper', compile=True, warmup=0, mix=False)))]
+
 # %% ../nbs/22_bench.ipynb #cd658417
 def _gpu_cases(have, **kw):
     "One GPU, two, and four if there are so many"
