@@ -37,16 +37,16 @@ def test_a_case_that_dies_when_it_is_timed_costs_its_rows_alone():
 
 def test_groups_are_measured_one_after_the_other(monkeypatch):
     "Each gets its share of the minutes that are left; one that fails costs its own rows"
-    clock,alive,seen = [0.],[],[]
+    clock,alive,seen = [0.],set(),[]
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
     class Fake:
-        def __init__(self, case, device): assert set(alive)<={c.name for c in seen[-1]}; self.case = case; alive.append(case.name)
+        def __init__(self, case, device): assert alive<={c.name for c in seen[-1]}; self.case = case; alive.add(case.name)
         def read(self, until):
             assert until==pytest.approx(clock[0]+60*.85*share[-1])
             if self.case.name=='bad': raise RuntimeError('no memory')
             return {a: dict(steps=3) for a in self.case.arms}
         def ask(self, arm): clock[0] += 10; return .1
-        def close(self): alive.remove(self.case.name)
+        def close(self): alive.discard(self.case.name)
     monkeypatch.setattr(bench, 'Worker', Fake)
     measure,share = bench.measure_cases,[]
     def watched(cases, device, rounds, minutes, say, **kw): assert not alive; seen.append(cases); share.append(minutes); return measure(cases, device, rounds, minutes, say, **kw)
@@ -72,10 +72,11 @@ def test_a_case_that_compiles_for_too_long(monkeypatch):
     launch,told,rows = subprocess.Popen,[],[]
     monkeypatch.setattr(bench.subprocess, 'Popen', lambda cmd, **kw: launch([sys.executable,'-c',does[json.loads(cmd[cmd.index('--worker')+1])['name']]], **kw))
     workers = [Worker(Case(name=n, **tiny), 'cpu') for n in does]
-    try: ready = await_ready(workers, rows, told.append, until=time.perf_counter()+5)
+    try: ready = await_ready(workers, rows, told.append, until=time.perf_counter()+5); ended = [w.p.poll() is not None for w in workers]
     finally:
         for w in workers: w.close()
     assert [w.case.name for w in ready]==['good'] and ready[0].facts==dict(eager=7) and 'ready: good' in told
+    assert ended==[True,False]                                               # it does not compile on beside those that are timed
     [row] = rows
     assert row['name']=='late' and 'not ready in time; a case that compiles for long needs more --minutes' in row['error']
     assert all(w.p.poll() is not None for w in workers)
@@ -409,6 +410,29 @@ def test_sweep_is_judged_on_held_out_images(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no variation 'lr'"): bench.sweep_rows('cpu', 1, 1, print, only='lr')
     with pytest.raises(ValueError, match="unknown plan 'hybrid'; there are: hybrid_s"): bench.quality_rows('cpu', 1, 1, print, plan='hybrid')
 
+def test_only_runs_of_this_call_count(monkeypatch, tmp_path):
+    "Records of earlier runs stay, and are not told as new; a variation has files and a name of its own; nothing is written where nothing ran"
+    rec = lambda label, seed, a: dict(plan=label, seed=seed, status='complete', params=1, epochs=[{}]*3, accuracy=a, seconds=9., valid_s=1., compile_s=1., first_epoch=1., recipe=dict(model='m'))
+    def run_here(js, slots, say, fails=()):
+        for name,cmd in js.items():
+            job = json.loads(cmd[cmd.index('--worker')+1])
+            if job['seed'] not in fails: bench.write_json(job['file'], rec(job['label'], job['seed'], .5))
+    monkeypatch.setattr(bench, '_in_slots', run_here)
+    kw = dict(plan='hybrid_s', out=tmp_path)
+    [r] = bench.quality_rows('cpu', 1, 1, print, **kw)
+    assert (r['name'],r['seeds'],r['epochs'],r['most_epochs'])==('hybrid_s',3,3,3)
+    was = {f.name: f.read_text() for f in (tmp_path/'quality').iterdir()}
+    monkeypatch.setattr(bench, '_in_slots', lambda *a: run_here(*a, fails=(0,2)))
+    assert [r['seeds'] for r in bench.quality_rows('cpu', 1, 1, print, **kw)]==[1]
+    monkeypatch.setattr(bench, '_in_slots', lambda *a: None)
+    with pytest.raises(RuntimeError, match='no run of hybrid_s got through its first epoch; records of earlier runs are as they were'): bench.quality_rows('cpu', 1, 1, print, **kw)
+    with pytest.raises(RuntimeError, match='no variation got through its first epoch'): bench.sweep_rows('cpu', 1, 1, print)
+    assert {f.name: f.read_text() for f in (tmp_path/'quality').iterdir()}==was and sorted(was)==[f'hybrid_s-s{i}.json' for i in range(3)]
+    monkeypatch.setattr(bench, '_in_slots', run_here)
+    [r] = bench.quality_rows('cpu', 1, 1, print, only='no side task + wd 0.15', seeds=(0,), **kw)
+    assert r['name']=='hybrid_s, no side task + wd 0.15' and not bench.quality_goals(dict(rows=[r]))
+    assert sorted(f.name for f in (tmp_path/'quality').iterdir())==[f'hybrid_s-s{i}.json' for i in range(3)]+['hybrid_s_no_side_task_wd_0.15-s0.json']
+
 def test_jobs_share_slots(tmp_path):
     "Two slots, four jobs: each in a slot of its own, a failure costs its own job alone"
     code = "import os,sys,time; open(sys.argv[1],'w').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(.3); sys.exit(sys.argv[1].endswith('2'))"
@@ -442,4 +466,12 @@ def test_bad_arguments(section, says):
     with pytest.raises(SystemExit, match=says): bench.main(section=section)
 
 def test_a_number_of_rounds_that_is_none():
-    with pytest.raises(SystemExit, match="--rounds -1: at least 1, or 0 for the section's own number"): bench.main(section='cpu', device='cpu', rounds=-1)
+    for n in (-1,1):
+        with pytest.raises(SystemExit, match=f"--rounds {n}: at least 2, since one has no interval, or 0 for the section's own number"): bench.main(section='cpu', device='cpu', rounds=n)
+
+@pytest.mark.parametrize('more,says', [(dict(section='sweep', plan='hybrid'), "unknown plan 'hybrid'; there are: hybrid_s"), (dict(section='quality', plan='hybrid'), "unknown plan 'hybrid'"),
+                                       (dict(section='curves', seeds='0'), '--seeds 0: at least two, or nothing tells what chance does'),
+                                       (dict(section='quality', only='no mixin'), "no variation 'no mixin'")])
+def test_what_could_only_fail_after_training_is_refused(more, says, tmp_path):
+    with pytest.raises(SystemExit, match=says): bench.main(device='cpu', out=str(tmp_path), **more)
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SW
            'quality_table', 'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
-import gc, json, math, os, select, subprocess, sys, tempfile, time
+import gc, json, math, os, re, select, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field, asdict, replace
 from functools import partial
 from pathlib import Path
@@ -285,11 +285,11 @@ def await_ready(
     say=print, # Told of it
     until:float=None, # Of `time.perf_counter`; who is not ready then is left out
 )->list: # of `Worker`s, each with its `facts`
-    "Wait until all are ready; those that could start"
+    "Wait until each is ready or has failed; those that are. The others are ended"
     ready = []
     for w in workers:
         try: w.facts = w.read(until); ready.append(w); say(f'ready: {w.case.name}')
-        except RuntimeError as e: rows.append(dict(asdict(w.case), error=str(e))); say(f'failed: {e}')
+        except RuntimeError as e: rows.append(dict(asdict(w.case), error=str(e))); say(f'failed: {e}'); w.close()
     return ready
 
 # %% ../nbs/22_bench.ipynb #b7e10a02
@@ -546,7 +546,7 @@ SECTIONS['speed'] = [
 SECTIONS['modes'] = [
     *[_swin(name=mode or 'default', section='modes', batch=256, mode=mode, **_fast) for mode in ('','max-autotune-no-cudagraphs','reduce-overhead')],
     *[_swin(name=name, section='modes', batch=256, arms=('eager',), **kw) for name,kw in (('not compiled', {}), ('not compiled, fast parts', _fast))]]
-SECTIONS['attention'] = [Case('attention', m + ", cuDNN's"*cudnn, model=m, cudnn=cudnn, mode='reduce-overhead', lead=.3) for m in ('t2t_vit_14','cvt_13_gap') for cudnn in (False,True)]
+SECTIONS['attention'] = [Case('attention', m + ", cuDNN's"*cudnn, model=m, cudnn=cudnn, mode='reduce-overhead', lead=.3, steps=12) for m in ('t2t_vit_14','cvt_13_gap') for cudnn in (False,True)]
 
 # %% ../nbs/22_bench.ipynb #9a27d004
 _released = dict(t2t_vit_14=(1819,8.8), cvt_13_gap=(1301,12.4)) # its images/s and GiB
@@ -647,7 +647,7 @@ def whole_goals(
 # %% ../nbs/22_bench.ipynb #9a27d007
 _short_step = partial(Case, 'whole_small', model='hybrid_s', size=32)
 SECTIONS['whole_small'] = [c for b in (512,256) for c in (
-    _short_step(f'bare step, batch {b}', batch=b, mode='reduce-overhead', lead=.3),
+    _short_step(f'bare step, batch {b}', batch=b, arms=('compiled side',), mode='reduce-overhead', lead=.3),
     _short_step(f'Learner, batch {b}', batch=b, kind='learner', steps=90, recipe=dict(drloc='paper', compile=True, warmup=0, mix=False)))]
 
 # %% ../nbs/22_bench.ipynb #cd658417
@@ -686,6 +686,7 @@ _short = dict(cuda=dict(data='cifar10', model='cvt_mini', drloc='paper', epochs=
 
 def curve_rows(device, rounds, minutes, say, path='', seeds=(0,1,2), **_):
     "Losses of each epoch with one process and with two, several seeds"
+    if len(seeds)<2: raise ValueError(f"--seeds {','.join(map(str, seeds))}: at least two, or nothing tells what chance does")
     rows,settings = [],_short[device]
     with tempfile.TemporaryDirectory() as out:
         runs = {(n,s):_curve_run(n, s, out, device, path, settings) for s in seeds for n in (1,2)}
@@ -844,6 +845,7 @@ def run_plan(
     path:str='', # Of the data, if not in its usual place
     file=None, # Record to write
     epochs:int=0, # 0: as many as fit into the plan's minutes
+    label:str='', # What the record calls the plan, if it is a variation
     **changes, # Settings of the recipe to change; `net`: options of the network
 )->dict: # the record
     "Train a plan, judge it after each epoch, write down time and accuracy"
@@ -853,7 +855,7 @@ def run_plan(
         trial = _fit(_settings(plan, seed=seed, epochs=5, **{**changes, 'warmup':0}), device, path, {})
         epochs = epochs_in(plan.minutes, median(b['wall_s']-a['wall_s'] for a,b in zip(trial['epochs'], trial['epochs'][1:])))
     recipe = _settings(plan, seed=seed, epochs=epochs, **changes)
-    rec = dict(section='quality', plan=name, minutes=plan.minutes, seed=seed, recipe=asdict(recipe), **circumstances(device))
+    rec = dict(section='quality', plan=label or name, minutes=plan.minutes, seed=seed, recipe=asdict(recipe), **circumstances(device))
     return _fit(recipe, device, path, rec, file)
 
 # %% ../nbs/22_bench.ipynb #e4846b7c
@@ -893,15 +895,20 @@ def _slots(device, beside): return [g for _ in range(beside) for g in (visible_g
 
 def _plan_command(**job): return [*_launch('vt_drloc.bench'),'--worker',json.dumps(dict(kind='plan', **job)),'--device',job['device']]
 
+def _plan(name):
+    if name not in PLANS: raise ValueError(f"unknown plan {name!r}; there are: {', '.join(PLANS)}")
+    return PLANS[name]
+
 def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', epochs=0, beside=4, **_):
     "Accuracy of a plan's variations on held-out training images"
     names = [n.strip() for n in only.split(',') if n.strip()] or list(SWEEP)
-    changes = {n: variation(n) for n in names}
+    changes,heldout = {n: variation(n) for n in names},_plan(plan).heldout
     with tempfile.TemporaryDirectory() as tmp:
         files = {n: Path(tmp)/f'{i}.json' for i,n in enumerate(names)}
-        jobs = {n: _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs, heldout=PLANS[plan].heldout, **changes[n]) for n,f in files.items()}
+        jobs = {n: _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs, heldout=heldout, **changes[n]) for n,f in files.items()}
         _in_slots(jobs, _slots(device, beside if epochs else 1), say)
         recs = {n: json.loads(f.read_text()) for n,f in files.items() if f.exists()}
+    if not recs: raise RuntimeError('no variation got through its first epoch: nothing is written')
     return [dict(name=n, plan=plan, changes=changes[n], epochs=len(r['epochs']), status=r['status'], n_valid=r['n_valid'],
                  accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss'], **({} if epochs else dict(seconds=r['seconds'], compile_s=r['compile_s'], steps=len(r['epochs'])*(r['n_train']//r['recipe']['bs'])))) for n,r in recs.items()]
 
@@ -910,12 +917,15 @@ SECTIONS['sweep'] = sweep_rows
 # %% ../nbs/22_bench.ipynb #077ea323
 def quality_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', seeds=(0,1,2), epochs=0, out='.', **_):
     "Train a plan, or one variation of it, with each seed, one run a GPU at a time"
-    if plan not in PLANS: raise ValueError(f"unknown plan {plan!r}; there are: {', '.join(PLANS)}")
-    changes = variation(only) if only else {}
-    files = {s: Path(out)/'quality'/f'{plan}-s{s}.json' for s in seeds}
-    jobs = {f'{plan}, seed {s}': _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs, seed=s, **changes) for s,f in files.items()}
+    _plan(plan)
+    changes,label = (variation(only),f'{plan}, {only}') if only else ({},plan)
+    files = {s: Path(out)/'quality'/f"{re.sub(r'[^a-z0-9.]+', '_', label)}-s{s}.json" for s in seeds}
+    old = {f: f.stat().st_mtime_ns for f in files.values() if f.exists()}
+    jobs = {f'{label}, seed {s}': _plan_command(name=plan, label=label, device=device, path=path, file=str(f), epochs=epochs, seed=s, **changes) for s,f in files.items()}
     _in_slots(jobs, _slots(device, 1), say)
-    return quality_table([json.loads(f.read_text()) for f in files.values() if f.exists()])
+    new = [json.loads(f.read_text()) for f in files.values() if f.exists() and f.stat().st_mtime_ns!=old.get(f)]
+    if not new: raise RuntimeError(f'no run of {label} got through its first epoch; records of earlier runs are as they were')
+    return quality_table(new)
 
 def quality_table(
     recs:list, # Records of runs
@@ -925,7 +935,7 @@ def quality_table(
     for r in recs:
         if r['status']=='complete': by.setdefault(r['plan'], []).append(r)
     cut = lambda rs, k: [r[k] for r in rs]
-    return [dict(name=p, model=rs[0]['recipe']['model'], params=rs[0]['params'], seeds=len(rs), epochs=min(len(r['epochs']) for r in rs), accuracy=mean(cut(rs, 'accuracy')),
+    return [dict(name=p, model=rs[0]['recipe']['model'], params=rs[0]['params'], seeds=len(rs), epochs=min(len(r['epochs']) for r in rs), most_epochs=max(len(r['epochs']) for r in rs), accuracy=mean(cut(rs, 'accuracy')),
                  low=min(cut(rs, 'accuracy')), high=max(cut(rs, 'accuracy')), seconds=max(cut(rs, 'seconds')), valid_s=max(cut(rs, 'valid_s')), compile_s=max(cut(rs, 'compile_s')),
                  first_epoch=max(cut(rs, 'first_epoch'))) for p,rs in by.items()]
 
@@ -970,7 +980,7 @@ def _work(job, device):
 
 def _run_section(section, device, rounds, minutes, **more):
     "The record of a section"
-    if rounds<0: raise ValueError(f"--rounds {rounds}: at least 1, or 0 for the section's own number")
+    if rounds<0 or rounds==1: raise ValueError(f"--rounds {rounds}: at least 2, since one has no interval, or 0 for the section's own number")
     rounds = rounds or ROUNDS.get(section, 20)
     start,what,say = time.perf_counter(),SECTIONS[section],partial(print, flush=True)
     if callable(what): rows = what(device, rounds, minutes, say, **more)
