@@ -269,7 +269,7 @@ for _make,_of,_about,_facts in (
     (vit_mini, ViT, 'ViT for 32 pixels', _mini),
     (resnet_mini, ResNet, 'ResNet for 32 pixels', dict(size=32, multiple=1)),
     (hybrid_s, Hybrid, 'Convolution, then attention, for 32 pixels', _mini),
-    (hybrid_m, Hybrid, 'the same, wider', _mini),
+    (hybrid_m, Hybrid, 'Convolution, then attention, for 32 pixels: wider, six blocks', _mini),
 ): register(_of, _about, **_facts)(_make)
 
 # %% ../nbs/13_models.ipynb #7240c1be
