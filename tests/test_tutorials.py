@@ -205,7 +205,7 @@ def test_torchvision_segmentation_models_by_name():
 
 def test_the_page_without_fastai():
     "What the plain page imports, and a step, where fastai cannot be imported"
-    code = page_cell('plain_pytorch', 'import sys, tempfile') + '\n' + page_cell('plain_pytorch', 'class Joint(') + """
+    code = page_cell('plain_pytorch', 'import sys\nloaded') + '\n' + page_cell('plain_pytorch', 'class Joint(') + """
 joint = Joint(CvT(3, dims=(8,), depths=(1,), heads=(2,), kernels=(5,), strides=(4,), kv_strides=(1,)))
 logits,drloc = joint(torch.randn(2,3,16,16))
 (logits.mean()+drloc).backward()
