@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 import vt_drloc.randaugment as R
 from vt_drloc.randaugment import *
-from vt_drloc.augment import AsOne, MixupCutmix, get_tfms
+from vt_drloc.augment import AsOne, LightEach, MixupCutmix, get_tfms, plain
 from vt_drloc.data import get_dls, photo_crops
 
 cpu = torch.device('cpu')
@@ -338,6 +338,9 @@ def test_as_one_follows_its_list():
         def encodes(self, x:TensorImage): return x*0
     one.add([Black()])                                                      # no plain form: called one after the other
     assert one.run() is None and one(b)[0].abs().sum()==0 and type(one(b)[0]) is TensorImage
+    class Halved(LightEach):                                                # does something else than its parent's plain form
+        def encodes(self, x:TensorImage): return x/2
+    assert plain(Halved()) is None and plain(LightEach()) is not None
     again = pickle.loads(pickle.dumps(AsOne(dl.after_batch, backend='eager')))
     assert len(again.fs)==len(dl.after_batch.fs) and again(b)[0].shape==b[0].shape
 

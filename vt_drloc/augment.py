@@ -8,7 +8,6 @@ Docs: https://SET_ME.github.io/vt_drloc/augment.html.md"""
 __all__ = ['AffineEach', 'LightEach', 'EraseEach', 'get_tfms', 'plain', 'AsOne', 'MixupCutmix']
 
 # %% ../nbs/09_augment.ipynb #56ca1b33
-from functools import singledispatch
 from numbers import Integral,Real
 from fastai.basics import *
 from fastai.vision.core import *
@@ -126,18 +125,14 @@ def get_tfms(
     return recipes[name]()
 
 # %% ../nbs/09_augment.ipynb #a5e0001b
-@singledispatch
+_of_fastai = {IntToFloatTensor: lambda t: lambda x: x.float()/t.div, Normalize: lambda t: lambda x: (x-t.mean)/t.std}
+
 def plain(
     t # a batch transform
 ): # a function of a float or uint8 tensor (B, 3, H, W), or None
-    "What a transform does, for a tensor without fastai's types; `None` if that is not known"
-    return getattr(t, 'plain', None)
-
-@plain.register
-def _(t:IntToFloatTensor): return lambda x: x.float()/t.div
-
-@plain.register
-def _(t:Normalize): return lambda x: (x-t.mean)/t.std
+    "What a transform does, for a tensor without fastai's types; `None` if its very class does not say"
+    if type(t) in _of_fastai: return _of_fastai[type(t)](t)
+    return t.plain if 'plain' in vars(type(t)) else None
 
 # %% ../nbs/09_augment.ipynb #a5e0001c
 class AsOne(Pipeline):
