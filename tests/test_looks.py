@@ -8,6 +8,7 @@ from vt_drloc.attention import Attention, attend
 from vt_drloc.hybrid import cvt_mini
 from vt_drloc.looks import *
 from vt_drloc.models import create_model
+from vt_drloc.attention import Attention
 from vt_drloc.swin import WindowAttention, swin_mini
 from vt_drloc.vit import vit_mini
 
@@ -110,6 +111,16 @@ def test_windows_in_one_kernel_are_heard_too():
     want = attention_stats(net, x)
     for m in net.modules():
         if type(m) is WindowAttention: m.__class__ = Fused
+    assert attention_stats(net, x) == want
+    with pytest.raises(RuntimeError, match='the kernel'): net(x)
+
+def test_attention_in_one_kernel_is_heard_too():
+    class Fused(Attention):
+        def forward(self, x): raise RuntimeError('the kernel')
+    net,x = vit_mini(10),torch.randn(2, 3, 32, 32)
+    want = attention_stats(net, x)
+    for m in net.modules():
+        if type(m) is Attention: m.__class__ = Fused
     assert attention_stats(net, x) == want
     with pytest.raises(RuntimeError, match='the kernel'): net(x)
 

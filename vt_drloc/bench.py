@@ -646,8 +646,9 @@ def whole_goals(
 
 # %% ../nbs/22_bench.ipynb #9a27d007
 _short_step = partial(Case, 'whole_small', model='hybrid_s', size=32)
+_short_bare = partial(_short_step, arms=('compiled side',), mode='reduce-overhead', lead=.3)
 SECTIONS['whole_small'] = [c for b in (512,256) for c in (
-    _short_step(f'bare step, batch {b}', batch=b, arms=('compiled side',), mode='reduce-overhead', lead=.3),
+    _short_bare(f"bare step, PyTorch's attention, batch {b}", batch=b), _short_bare(f'bare step, batch {b}', batch=b, attention=True),
     _short_step(f'Learner, batch {b}', batch=b, kind='learner', steps=90, recipe=dict(drloc='paper', compile=True, warmup=0, mix=False)))]
 
 # %% ../nbs/22_bench.ipynb #cd658417

@@ -14,6 +14,7 @@ from types import MethodType
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from .attention import Attention
 from .swin import WindowAttention
 
 # %% ../nbs/16_looks.ipynb #a6bc15ea
@@ -50,11 +51,12 @@ def overhear(
     "Within it, `note` hears of every attention"
     at,hooks = [],[]
     def leave(*_): at.pop()
-    fused = [m for m in model.modules() if isinstance(m, WindowAttention) and type(m).forward is not WindowAttention.forward]
+    spelled = {m: next(c for c in type(m).__mro__ if c in (WindowAttention,Attention)).forward for m in model.modules() if isinstance(m, Attention)}
+    fused = {m: f for m,f in spelled.items() if type(m).forward is not f}
     for name,m in model.named_modules():
         hooks.append(m.register_forward_pre_hook(lambda m, _, name=name: at.append((name,m))))
         hooks.append(m.register_forward_hook(leave, always_call=True))
-    for m in fused: m.forward = MethodType(WindowAttention.forward, m)
+    for m,f in fused.items(): m.forward = MethodType(f, m)
     try:
         with torch.compiler.set_stance('force_eager'), _Ear(lambda *a: note(*at[-1], *a)): yield
     finally:
