@@ -8,9 +8,9 @@ Docs: https://SET_ME.github.io/vt_drloc/bench.html.md"""
 __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SWEEP', 'GOALS', 'Case', 'Steps',
            'case_circumstances', 'prepare', 'Worker', 'await_ready', 'measure_cases', 'one_by_one', 'Released', 'Rival',
            'mean_interval', 'ratio', 'goal', 'augment_rows', 'vt_goals', 'side_goals', 'side_parts', 'minutes_of',
-           'whole_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'Plan', 'cct_7_3x1', 'simple_vit',
-           'timm_vit', 'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'variation', 'sweep_rows', 'quality_rows',
-           'quality_table', 'quality_goals', 'main']
+           'whole_goals', 'small_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'Plan', 'cct_7_3x1',
+           'simple_vit', 'timm_vit', 'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'variation', 'sweep_rows',
+           'quality_rows', 'quality_table', 'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, re, select, subprocess, sys, tempfile, time
@@ -651,6 +651,16 @@ SECTIONS['whole_small'] = [c for b in (512,256) for c in (
     _short_bare(f"bare step, PyTorch's attention, batch {b}", batch=b), _short_bare(f'bare step, batch {b}', batch=b, attention=True),
     _short_step(f'Learner, batch {b}', batch=b, kind='learner', steps=90, recipe=dict(drloc='paper', compile=True, warmup=0, mix=False)))]
 
+# %% ../nbs/22_bench.ipynb #5b0e0011
+_long_step = 'batch 512'
+
+def small_goals(
+    rec:dict, # Record of the section
+)->list: # of `goal`s
+    "The Learner against the bare step, at the batch of the plans"
+    s = _per_image(rec)
+    return [goal(f'speed of the Learner / bare step, {_long_step}', ratio(s[f'bare step, {_long_step}'], s[f'Learner, {_long_step}']), least=.92)]
+
 # %% ../nbs/22_bench.ipynb #cd658417
 def _gpu_cases(have, **kw):
     "One GPU, two, and four if there are so many"
@@ -955,7 +965,7 @@ def quality_goals(
                     goal(f'{name}: seeds', r['seeds'], least=3), goal(f'{name}: first epoch / the others, compilation apart', r['first_epoch'], most=1.05)]
     return res
 
-GOALS = dict(**dict.fromkeys(('side',*_at512,'side_eager','side512_eager','side_small','cpu'), side_goals), attention=vt_goals, whole=whole_goals, gpus=gpu_goals, curves=curve_goals, quality=quality_goals)
+GOALS = dict(**dict.fromkeys(('side',*_at512,'side_eager','side512_eager','side_small','cpu'), side_goals), attention=vt_goals, whole=whole_goals, whole_small=small_goals, gpus=gpu_goals, curves=curve_goals, quality=quality_goals)
 
 # %% ../nbs/22_bench.ipynb #73734fb6
 def _line(r):
