@@ -360,6 +360,16 @@ def test_a_plan_runs_and_writes(tmp_path):
     assert r['recipe']['seed']==1 and r['recipe']['drloc']=='paper' and r['epochs'][-1]['drloc']>0
     assert r['seconds']+r['compile_s']==pytest.approx(r['epochs'][-1]['wall_s']) and r['n_valid']==360
 
+def test_the_trial_compiles_and_the_record_tells(monkeypatch):
+    def fit(recipe, device, path, rec, file=None):
+        first = 40. if recipe.warmup==0 else 3.                         # the trial has no warm-up
+        es = [dict(wall_s=first+i, steady_s=1., valid_s=.1, accuracy=.5) for i in range(recipe.epochs)]
+        return rec | dict(epochs=es, params=1, status='complete', **bench.clocked(es))
+    monkeypatch.setattr(bench, '_fit', fit)
+    r = run_plan('hybrid_s', device='cpu')
+    assert r['trial']==dict(seconds=5., compile_s=39.) and r['compile_s']==2. and len(r['epochs'])==int(120/1.04)
+    assert quality_table([r])[0]['compile_s']==39. and 'trial' not in run_plan('hybrid_s', device='cpu', epochs=2)
+
 def test_each_variation_can_be_asked_for():
     "`--only` separates names by commas, so no name may hold one"
     assert not [n for n in SWEEP if ',' in n or '+' in n or n!=n.strip()]

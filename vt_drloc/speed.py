@@ -177,7 +177,7 @@ class FusedWindowAttention(WindowAttention):
 _most,_widths = 64,(16,32,64,128)
 
 def short_attention(
-    qkv:torch.Tensor, # (B, N, 3D): queries, keys and values side by side; N at most 64
+    qkv:torch.Tensor, # (B, N, 3D): q, k and v side by side; N at most 64
     heads:int, # Heads, D/heads wide: 16, 32, 64 or 128
 )->torch.Tensor: # (B, N, D)
     "Attention among a few tokens, in one kernel"
