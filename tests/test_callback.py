@@ -287,6 +287,16 @@ def test_norms_are_measured_once(monkeypatch):
     calls.clear(); learn.remove_cb(learn.drloc); learn.fit(1)
     assert calls==[len(list(learn.model.parameters()))]*n
 
+def test_a_clip_that_is_switched_off_stays_off(monkeypatch):
+    calls = []
+    monkeypatch.setattr(nn.utils, 'clip_grad_norm_', lambda *a: calls.append(a))
+    clip = GradientClip(0.01)
+    class Off(Callback):
+        def before_fit(self): clip.run = False
+        def after_batch(self): assert not clip.run
+    learner([drloc(), clip, Off()]).fit(1)
+    assert not calls
+
 # --- torch.compile
 
 def compiled_and_run(m, backend):

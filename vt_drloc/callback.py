@@ -297,8 +297,8 @@ class _JointClip(Callback):
     def __init__(self, drloc): self.drloc,self.own = drloc,None
     def before_step(self):
         mlp = [p for p in self.drloc.mlp_params if p.grad is not None]
-        if self.own is None: self.own = list(self.model.parameters())
-        for c in self.learn._grab_cbs(GradientClip):
+        if self.own is None: self.own,self.asked = list(self.model.parameters()),[c for c in self.learn._grab_cbs(GradientClip) if c.run]
+        for c in self.asked:
             if mlp: nn.utils.clip_grad_norm_([*self.own, *mlp], c.max_norm, c.norm_type)
             c.run = not mlp
 
