@@ -316,6 +316,33 @@ def test_curves_agree_or_not():
     half = 2.7764451051977987*.01*(2/3)**.5                                  # Student's t with four degrees of freedom, deviation 0.01
     assert curve_goals(same)[0]['measured']==pytest.approx(.005) and curve_goals(same)[0]['wanted']==f'at most {half:.3g}'
 
+def test_precisions_agree_or_not():
+    run = lambda name, seed, last: dict(name=name, seed=seed, train=[2.,last], valid=[1.5,last-.5], drloc=[.5,last-.9])
+    rows = lambda apart: [run(p, i, 1.+.01*i+apart*(p=='fp16')) for p in ('bf16','fp16') for i in range(3)]
+    same,other = (bench.precision_goals(rec('precisions', *rows(o))) for o in (.005,.1))
+    assert len(same)==3 and all(met(same).values()) and not any(met(other).values())
+    assert list(met(same))[2]=='|last loss of the side task, bf16 - fp16|, by seeds' and same[2]['measured']==pytest.approx(.005)
+    lost = rows(0.); lost[-1]['drloc'][-1] = float('nan')
+    assert not met(bench.precision_goals(rec('precisions', *lost)))['|last loss of the side task, bf16 - fp16|, by seeds']
+
+def test_precisions_are_trained():
+    "On a CPU `auto` is float32, so the same seed gives the same losses"
+    rows = bench.precision_rows('cpu', 1, 1, print, seeds=(0,1))
+    losses = {(r['name'],r['seed']): (r['train'],r['valid'],r['drloc']) for r in rows}
+    assert len(rows)==4 and losses['auto',0]==losses['float32',0]!=losses['float32',1]==losses['auto',1]
+    assert rows[0]['settings']['precision']=='float32' and len(rows[0]['train'])==rows[0]['settings']['epochs']
+
+def test_a_run_that_fails_ends_the_others(tmp_path):
+    class P:
+        def __init__(self, code): self.code,self.killed = code,False
+        def wait(self): return self.code
+        def communicate(self): return '','it broke'
+        def poll(self): return self.code
+        def kill(self): self.killed = True
+    bad,still = P(1),P(None)
+    with pytest.raises(RuntimeError, match='a, seed 0: it broke'): list(bench._curves({('a',0):bad, ('b',0):still}, tmp_path, print))
+    assert still.killed and not bad.killed
+
 # --- time to quality
 
 def epochs(first, rest, n=4):

@@ -8,9 +8,9 @@ Docs: https://SET_ME.github.io/vt_drloc/bench.html.md"""
 __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SWEEP', 'GOALS', 'Case', 'Steps',
            'case_circumstances', 'prepare', 'Worker', 'await_ready', 'measure_cases', 'one_by_one', 'Released', 'Rival',
            'mean_interval', 'ratio', 'goal', 'augment_rows', 'vt_goals', 'side_goals', 'side_parts', 'minutes_of',
-           'whole_goals', 'small_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'Plan', 'cct_7_3x1',
-           'simple_vit', 'timm_vit', 'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'variation', 'sweep_rows',
-           'quality_rows', 'quality_table', 'quality_goals', 'main']
+           'whole_goals', 'small_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'precision_rows',
+           'precision_goals', 'Plan', 'cct_7_3x1', 'simple_vit', 'timm_vit', 'timm_convit', 'clocked', 'epochs_in',
+           'run_plan', 'variation', 'sweep_rows', 'quality_rows', 'quality_table', 'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, re, select, subprocess, sys, tempfile, time
@@ -685,9 +685,9 @@ def gpu_goals(
 SECTIONS['gpus'] = gpu_rows
 
 # %% ../nbs/22_bench.ipynb #641e2387
-def _curve_run(n, seed, out, device, path, settings):
-    "Train with `n` processes by the console script; its run record"
-    args = dict(device=device, seed=seed, out=Path(out)/f'{n}', **(dict(path=path) if path else {}), **settings)
+def _curve_run(name, seed, out, device, path, settings, n=1):
+    "Train with `n` processes by the console script; its run record lands in the folder `name`"
+    args = dict(device=device, seed=seed, out=Path(out)/name, **(dict(path=path) if path else {}), **settings)
     cmd = [*_launch('vt_drloc.train', n),'--no-bar',*[o for k,v in args.items() for o in (f'--{k}',str(v))]]
     gpu = dict(CUDA_VISIBLE_DEVICES=(gpus := visible_gpus())[seed%len(gpus)]) if n==1 and device=='cuda' else {}
     return subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ, **gpu))
@@ -695,33 +695,68 @@ def _curve_run(n, seed, out, device, path, settings):
 _short = dict(cuda=dict(data='cifar10', model='cvt_mini', drloc='paper', epochs=8, bs=512, warmup=2),
               cpu=dict(data='digits', model='demo_cvt', drloc='paper', epochs=2, bs=64, warmup=1, tfms='none'))
 
+def _curves(runs, out, say):
+    "Losses of each epoch, a dict a run; `runs` is (name, seed) -> its process"
+    try:
+        for (name,s),p in runs.items():
+            if err := p.communicate()[1] if p.wait() else '': raise RuntimeError(f'{name}, seed {s}: {err.strip()[-400:]}')
+            [file] = Path(out, name).glob(f'*-s{s}.json')
+            es = json.loads(file.read_text())['epochs']
+            say(f'{name}, seed {s}: last training loss {es[-1]["train_loss"]:.4f}')
+            yield dict(name=name, seed=s, train=[e['train_loss'] for e in es], valid=[e['valid_loss'] for e in es], drloc=[e['drloc'] for e in es])
+    finally: [p.kill() for p in runs.values() if p.poll() is None]
+
+def _several(seeds):
+    if len(seeds)<2: raise ValueError(f"--seeds {','.join(map(str, seeds))}: at least two, or nothing tells what chance does")
+
+# %% ../nbs/22_bench.ipynb #5b0e0021
 def curve_rows(device, rounds, minutes, say, path='', seeds=(0,1,2), **_):
     "Losses of each epoch with one process and with two, several seeds"
-    if len(seeds)<2: raise ValueError(f"--seeds {','.join(map(str, seeds))}: at least two, or nothing tells what chance does")
-    rows,settings = [],_short[device]
+    _several(seeds)
+    settings,ways = _short[device],{'1 GPU':1, '2 GPUs':2}
     with tempfile.TemporaryDirectory() as out:
-        runs = {(n,s):_curve_run(n, s, out, device, path, settings) for s in seeds for n in (1,2)}
-        for (n,s),p in runs.items():
-            if err := p.communicate()[1] if p.wait() else '': raise RuntimeError(f'{n} processes, seed {s}: {err.strip()[-400:]}')
-            [file] = Path(out, str(n)).glob(f'*-s{s}.json')
-            es = json.loads(file.read_text())['epochs']
-            rows.append(dict(name=f'{n} GPU{"s"*(n>1)}', processes=n, seed=s, settings=settings, train=[e['train_loss'] for e in es], valid=[e['valid_loss'] for e in es]))
-            say(f'{n} processes, seed {s}: last training loss {rows[-1]["train"][-1]:.4f}')
-    return rows
+        runs = {(name,s):_curve_run(name, s, out, device, path, settings, n) for s in seeds for name,n in ways.items()}
+        return [dict(r, processes=ways[r['name']], settings=settings) for r in _curves(runs, out, say)]
 
 SECTIONS['curves'] = curve_rows
 
 # %% ../nbs/22_bench.ipynb #45f6a022
+def _chance(a, b):
+    "By how much the means of two sets may differ, so that 95 % of such differences are smaller if there is none; 0 where one is not finite"
+    from scipy.stats import t
+    if not all(map(math.isfinite, (*a,*b))): return 0.
+    return t.ppf(.975, len(a)+len(b)-2)*((stdev(a)**2+stdev(b)**2)/2*(1/len(a)+1/len(b)))**.5
+
 def curve_goals(
     rec:dict, # Record of the section
 )->list: # of `goal`s
     "Is the difference of the mean last losses within what the seeds scatter?"
-    from scipy.stats import t
     res = []
     for what in ('train','valid'):
         a,b = ([r[what][-1] for r in rec['rows'] if r['processes']==n] for n in (1,2))
-        noise = t.ppf(.975, len(a)+len(b)-2)*((stdev(a)**2+stdev(b)**2)/2*(1/len(a)+1/len(b)))**.5
-        res.append(goal(f'|last {what} loss, one GPU - two|, by seeds', abs(mean(a)-mean(b)), most=noise))
+        res.append(goal(f'|last {what} loss, one GPU - two|, by seeds', abs(mean(a)-mean(b)), most=_chance(a, b)))
+    return res
+
+# %% ../nbs/22_bench.ipynb #5b0e0023
+_halves = dict(cuda=('bf16','fp16'), cpu=('float32','auto')) # On a CPU both are one, and the program can be tried
+
+def precision_rows(device, rounds, minutes, say, path='', seeds=(0,1,2), **_):
+    "Losses of each epoch in bf16 and in fp16, several seeds"
+    _several(seeds)
+    with tempfile.TemporaryDirectory() as out:
+        runs = {(p,s):_curve_run(p, s, out, device, path, dict(_short[device], precision=p)) for s in seeds for p in _halves[device]}
+        return [dict(r, settings=dict(_short[device], precision=r['name'])) for r in _curves(runs, out, say)]
+
+SECTIONS['precisions'] = precision_rows
+
+def precision_goals(
+    rec:dict, # Record of the section
+)->list: # of `goal`s
+    "Does fp16 end where bf16 ends, as far as the seeds can tell?"
+    res,ways = [],list(dict.fromkeys(r['name'] for r in rec['rows']))
+    for what,name in dict(train='train loss', valid='valid loss', drloc='loss of the side task').items():
+        a,b = ([r[what][-1] for r in rec['rows'] if r['name']==w] for w in ways)
+        res.append(goal(f"|last {name}, {' - '.join(ways)}|, by seeds", abs(mean(a)-mean(b)), most=_chance(a, b)))
     return res
 
 # %% ../nbs/22_bench.ipynb #214e6622
@@ -966,7 +1001,7 @@ def quality_goals(
                     goal(f'{name}: seeds', r['seeds'], least=3), goal(f'{name}: first epoch / the others, compilation apart', r['first_epoch'], most=1.05)]
     return res
 
-GOALS = dict(**dict.fromkeys(('side',*_at512,'side_eager','side512_eager','side_small','cpu'), side_goals), attention=vt_goals, whole=whole_goals, whole_small=small_goals, gpus=gpu_goals, curves=curve_goals, quality=quality_goals)
+GOALS = dict(**dict.fromkeys(('side',*_at512,'side_eager','side512_eager','side_small','cpu'), side_goals), attention=vt_goals, whole=whole_goals, whole_small=small_goals, gpus=gpu_goals, curves=curve_goals, precisions=precision_goals, quality=quality_goals)
 
 # %% ../nbs/22_bench.ipynb #73734fb6
 def _line(r):
@@ -1008,9 +1043,9 @@ def main(
     device:str='cuda', # 'cuda' or 'cpu'
     rounds:int=0, # Blocks of each arm; 0: the section's own number, mostly 20
     minutes:float=8., # Start no new round after this
-    path:str='', # Where the data lies, for curves, sweep and quality
+    path:str='', # Where the data lies, for curves, precisions, sweep and quality
     plan:str='hybrid_s', # For sweep and quality: a plan
-    seeds:str='0,1,2', # For curves and quality
+    seeds:str='0,1,2', # For curves, precisions and quality
     only:str='', # For sweep: names of variations, separated by commas; empty: all. For quality: one variation; empty: the plan
     epochs:int=0, # For sweep and quality; 0: as many as fit into the plan's minutes
     beside:int=4, # For sweep with `epochs`: runs that share a GPU
