@@ -334,8 +334,7 @@ def test_precisions_are_trained():
 
 def test_a_run_that_fails_ends_the_others(tmp_path):
     class P:
-        def __init__(self, code): self.code,self.killed = code,False
-        def wait(self): return self.code
+        def __init__(self, code): self.code = self.returncode = code; self.killed = False
         def communicate(self): return '','it broke'
         def poll(self): return self.code
         def kill(self): self.killed = True

@@ -699,7 +699,8 @@ def _curves(runs, out, say):
     "Losses of each epoch, a dict a run; `runs` is (name, seed) -> its process"
     try:
         for (name,s),p in runs.items():
-            if err := p.communicate()[1] if p.wait() else '': raise RuntimeError(f'{name}, seed {s}: {err.strip()[-400:]}')
+            err = p.communicate()[1]
+            if p.returncode: raise RuntimeError(f'{name}, seed {s}: {err.strip()[-400:]}')
             [file] = Path(out, name).glob(f'*-s{s}.json')
             es = json.loads(file.read_text())['epochs']
             say(f'{name}, seed {s}: last training loss {es[-1]["train_loss"]:.4f}')
