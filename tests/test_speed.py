@@ -72,9 +72,9 @@ def test_kernel_is_attention(data):
     fast.__class__ = FusedAttention
     x = torch.randn(B, N, heads*d, device=device, requires_grad=True)
     ours,theirs = (grads(f, x, f.parameters()) for f in (fast, slow))
-    for a,b in zip(ours, theirs):
-        if b.norm()>1e-4: assert far(a, b)<1e-5                    # one token: its weight is 1 whatever q and k are, their gradients are 0
-        else: assert a.norm()<1e-4
+    for name,a,b in zip(('output','x',*(n for n,_ in slow.named_parameters())), ours, theirs):
+        if b.norm()<1e-4: assert a.norm()<1e-4                     # one token: its weight is 1 whatever q and k are, their gradients are 0
+        else: assert far(a, b)<(1e-4 if name=='qkv.bias' else 1e-5)# its gradient is a sum over all tokens that nearly cancels
     with torch.no_grad(): assert torch.equal(fast(x), ours[0])
 
 @kernels
