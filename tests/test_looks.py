@@ -103,24 +103,15 @@ def test_a_compiled_network():
     net(x)
     assert attention_stats(net, x) == want and net._compiled_call_impl is not None
 
-def test_windows_in_one_kernel_are_heard_too():
-    "The module computes as chapter 11 does while we listen, and as before afterwards"
-    class Fused(WindowAttention):
+@pytest.mark.parametrize('kind,make', [(WindowAttention,swin_mini), (Attention,vit_mini)])
+def test_attention_in_one_kernel_is_heard_too(kind, make):
+    "The module computes as chapters 02 and 11 do while we listen, and as before afterwards"
+    class Fused(kind):
         def forward(self, x): raise RuntimeError('the kernel')
-    net,x = swin_mini(10),torch.randn(2, 3, 32, 32)
+    net,x = make(10),torch.randn(2, 3, 32, 32)
     want = attention_stats(net, x)
     for m in net.modules():
-        if type(m) is WindowAttention: m.__class__ = Fused
-    assert attention_stats(net, x) == want
-    with pytest.raises(RuntimeError, match='the kernel'): net(x)
-
-def test_attention_in_one_kernel_is_heard_too():
-    class Fused(Attention):
-        def forward(self, x): raise RuntimeError('the kernel')
-    net,x = vit_mini(10),torch.randn(2, 3, 32, 32)
-    want = attention_stats(net, x)
-    for m in net.modules():
-        if type(m) is Attention: m.__class__ = Fused
+        if type(m) is kind: m.__class__ = Fused
     assert attention_stats(net, x) == want
     with pytest.raises(RuntimeError, match='the kernel'): net(x)
 

@@ -652,14 +652,13 @@ SECTIONS['whole_small'] = [c for b in (512,256) for c in (
     _short_step(f'Learner, batch {b}', batch=b, kind='learner', steps=90, recipe=dict(drloc='paper', compile=True, warmup=0, mix=False)))]
 
 # %% ../nbs/22_bench.ipynb #5b0e0011
-_long_step = 'batch 512'
-
 def small_goals(
     rec:dict, # Record of the section
 )->list: # of `goal`s
     "The Learner against the bare step, at the batch of the plans"
     s = _per_image(rec)
-    return [goal(f'speed of the Learner / bare step, {_long_step}', ratio(s[f'bare step, {_long_step}'], s[f'Learner, {_long_step}']), least=.92)]
+    bare,learn = (s.get(f'{n}, batch {quick["bs"]}') for n in ('bare step','Learner'))
+    return [goal('speed of the Learner / bare step, hybrid_s', ratio(bare, learn), least=.92)] if bare and learn else []
 
 # %% ../nbs/22_bench.ipynb #cd658417
 def _gpu_cases(have, **kw):
@@ -695,6 +694,7 @@ def _curve_run(name, seed, out, device, path, settings, n=1):
 _short = dict(cuda=dict(data='cifar10', model='cvt_mini', drloc='paper', epochs=8, bs=512, warmup=2),
               cpu=dict(data='digits', model='demo_cvt', drloc='paper', epochs=2, bs=64, warmup=1, tfms='none'))
 
+# %% ../nbs/22_bench.ipynb #5b0e0031
 def _curves(runs, out, say):
     "Losses of each epoch, a dict a run; `runs` is (name, seed) -> its process"
     try:
@@ -705,7 +705,8 @@ def _curves(runs, out, say):
             es = json.loads(file.read_text())['epochs']
             say(f'{name}, seed {s}: last training loss {es[-1]["train_loss"]:.4f}')
             yield dict(name=name, seed=s, train=[e['train_loss'] for e in es], valid=[e['valid_loss'] for e in es], drloc=[e['drloc'] for e in es])
-    finally: [p.kill() for p in runs.values() if p.poll() is None]
+    finally:
+        for p in runs.values(): p.kill(); p.wait()
 
 def _several(seeds):
     if len(seeds)<2: raise ValueError(f"--seeds {','.join(map(str, seeds))}: at least two, or nothing tells what chance does")
@@ -728,15 +729,19 @@ def _chance(a, b):
     if not all(map(math.isfinite, (*a,*b))): return 0.
     return t.ppf(.975, len(a)+len(b)-2)*((stdev(a)**2+stdev(b)**2)/2*(1/len(a)+1/len(b)))**.5
 
+def _agree(rec, losses, ways):
+    "A goal for each loss, which has a key and a name: do the last ones of two ways differ by no more than chance?"
+    names,res = dict.fromkeys(r['name'] for r in rec['rows']),[]
+    for what,name in losses.items():
+        a,b = ([r[what][-1] for r in rec['rows'] if r['name']==w] for w in names)
+        res.append(goal(f'|last {name}, {ways}|, by seeds', abs(mean(a)-mean(b)), most=_chance(a, b)))
+    return res
+
 def curve_goals(
     rec:dict, # Record of the section
 )->list: # of `goal`s
     "Is the difference of the mean last losses within what the seeds scatter?"
-    res = []
-    for what in ('train','valid'):
-        a,b = ([r[what][-1] for r in rec['rows'] if r['processes']==n] for n in (1,2))
-        res.append(goal(f'|last {what} loss, one GPU - two|, by seeds', abs(mean(a)-mean(b)), most=_chance(a, b)))
-    return res
+    return _agree(rec, dict(train='train loss', valid='valid loss'), 'one GPU - two')
 
 # %% ../nbs/22_bench.ipynb #5b0e0023
 _halves = dict(cuda=('bf16','fp16'), cpu=('float32','auto')) # On a CPU both are one, and the program can be tried
@@ -754,11 +759,7 @@ def precision_goals(
     rec:dict, # Record of the section
 )->list: # of `goal`s
     "Does fp16 end where bf16 ends, as far as the seeds can tell?"
-    res,ways = [],list(dict.fromkeys(r['name'] for r in rec['rows']))
-    for what,name in dict(train='train loss', valid='valid loss', drloc='loss of the side task').items():
-        a,b = ([r[what][-1] for r in rec['rows'] if r['name']==w] for w in ways)
-        res.append(goal(f"|last {name}, {' - '.join(ways)}|, by seeds", abs(mean(a)-mean(b)), most=_chance(a, b)))
-    return res
+    return _agree(rec, dict(train='train loss', valid='valid loss', drloc='loss of the side task'), 'bf16 - fp16')
 
 # %% ../nbs/22_bench.ipynb #214e6622
 @dataclass
@@ -975,6 +976,7 @@ def quality_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only=''
     if not new: raise RuntimeError(f'no run of {label} got through its first epoch; records of earlier runs are as they were')
     return quality_table(new)
 
+# %% ../nbs/22_bench.ipynb #5b0e0032
 def quality_table(
     recs:list, # Records of runs
 )->list: # One dict a plan, over its complete runs

@@ -104,6 +104,7 @@ def _sizes(qkv, heads, s, n, sr, sc, bias):
     return dict(HEADS=heads, D=qkv.shape[-1]//heads//3, S=s, N=n, P=max(16, triton.next_power_of_2(n)), SR=sr, SC=sc, BIAS=bias,
                 PREC='ieee' if qkv.dtype==torch.float32 else 'tf32')
 
+# %% ../nbs/21_speed.ipynb #5b0e0033
 @torch.library.custom_op('vt_drloc::window_attention', mutates_args=())
 def _attention(qkv:torch.Tensor, bias:torch.Tensor|None, heads:int, s:int, n:int, sr:int, sc:int)->torch.Tensor:
     qkv,given = qkv.contiguous(),qkv if bias is None else bias.contiguous()
