@@ -288,7 +288,7 @@ OTHER = dict(pretrained='imagenet', heldout=5000, wd=.1, drop_path=.1, mix=False
 
 def test_a_setting_is_the_whole_recipe():
     "What is no part of it is the side task's, the seed, the name, or speed alone"
-    assert {*Recipe.__dataclass_fields__}-{*SETTING} == {'drloc','variant','lambda_drloc','schedule','m','pool','control','seed','name','compile','graphs','fast'}
+    assert {*Recipe.__dataclass_fields__}-{*SETTING} == {'drloc','variant','lambda_drloc','schedule','m','pool','control','seed','name','compile','graphs','step_graph','fast'}
     assert {*OTHER} == {*SETTING}-{'data','model','tfms','epochs','bs','lr','share','size','laid_out'}
 
 @pytest.mark.parametrize('field', OTHER)
@@ -310,7 +310,7 @@ def test_precision_is_the_one_that_ran():
     for r in told: r['precision'] = 'fp16'
     assert gains_table(runs_table(recs+told)).seeds.tolist() == [3,3]
 
-@pytest.mark.parametrize('change', [dict(), dict(compile=False), dict(fast=False), dict(graphs=False), dict(name='again')])
+@pytest.mark.parametrize('change', [dict(), dict(compile=False), dict(fast=False), dict(graphs=False), dict(step_graph=True), dict(name='again')])
 def test_two_runs_of_one_recipe_and_seed_are_refused(change):
     "Neither is taken for the other, and both are named; one that was cut short is no rival"
     recs = three()

@@ -10,7 +10,7 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
 cfg = ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf-8'); cfg = cfg['DEFAULT']
 order = ('tokens attention vit hybrid pairs speed_loss loss callback data randaugment augment swin t2t cvt models variants gpus resume plots '
-         'watch looks compare evaluate speed train bench profile evidence').split()
+         'watch looks compare evaluate speed step_graph train bench profile evidence').split()
 bare = set('tokens attention vit hybrid pairs loss swin t2t cvt variants'.split())     # these need torch, einops and fastcore alone
 light = [m for m in order if m in bare | {'models', 'compare'}]                       # these load none of `heavy`
 heavy = 'fastai matplotlib timm torchvision transformers huggingface_hub sklearn skimage pandas'.split()

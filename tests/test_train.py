@@ -489,3 +489,9 @@ def test_batches_that_a_compiled_network_is_judged_in(bs, n, want):
     dl = SimpleNamespace(bs=bs, n=n)
     _same_batches(dl)
     assert dl.bs == want
+
+@pytest.mark.parametrize('size,device,want', [((32,32),'cuda',2048), ((224,224),'cuda',512), ((112,112),'cuda',2048), ((160,160),'cuda',1003), ((384,384),'cuda',512), ((32,32),'cpu',512)])
+def test_small_images_are_judged_in_larger_batches(size, device, want):
+    "On a GPU as many pixels as 512 images of 224 px have, but at most 2,048 images"
+    from vt_drloc.train import _judged_at_once
+    assert _judged_at_once(size, torch.device(device)) == want

@@ -14,6 +14,7 @@ __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SW
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, re, select, subprocess, sys, tempfile, time
+from collections import Counter
 from dataclasses import dataclass, field, asdict, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ class Case:
     patches:bool = False # Patches as a product
     cudnn:bool = False # Allow cuDNN's attention alone, which the networks leave out otherwise
     mode:str = '' # Of `torch.compile`; empty: its default
+    one_graph:bool = False # Record the whole step, optimizer included, as one CUDA graph (chapter 21)
     arms:tuple = ('compiled',) # 'eager' or 'compiled'; behind it nothing, 'side', or a first piece of it: 'out', 'draw', 'grid'
     kind:str = 'steps' # 'steps' on one batch; 'released': the same from packages alone; 'rival': that with its data; 'learner': all of fastai's training
     recipe:dict = field(default_factory=dict) # For 'learner': settings of its `Recipe`
@@ -76,7 +78,8 @@ class Steps:
         self.params = list(self.model.parameters())
         if any(' ' in a for a in case.arms): self.params += self._side()
         groups = [dict(params=[p for p in self.params if p.ndim>1]),dict(params=[p for p in self.params if p.ndim<2], weight_decay=0.)]
-        self.opt = torch.optim.AdamW(groups, 1e-4, weight_decay=.05, fused=True)
+        self.opt = torch.optim.AdamW(groups, 1e-4, weight_decay=.05, fused=True, **(dict(capturable=True) if case.one_graph else {}))
+        self.seen,self.graphs = Counter(),{}
         self.forwards = {ways: self._forward(*ways) for ways in {(how, bool(part)) for how,part in map(_words, case.arms)}}
 
 # %% ../nbs/22_bench.ipynb #12e700aa
@@ -131,10 +134,8 @@ def _forward(self:Steps, how, features):
 
 # %% ../nbs/22_bench.ipynb #69fbd17e
 @patch
-def step(self:Steps,
-    arm:str, # One of the case's
-):
-    "One training step"
+def _step(self:Steps, arm):
+    "One training step, kernel by kernel"
     how,part = _words(arm)
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision=='bf16'):
         logits,f = self.forwards[how,bool(part)](self.x)
@@ -147,6 +148,21 @@ def step(self:Steps,
     self.opt.step()
     self.opt.zero_grad()
     return loss.detach()
+
+@patch
+def step(self:Steps,
+    arm:str, # One of the case's
+):
+    "One training step; as one graph, if the case says so, from the fifth on"
+    if not self.case.one_graph: return self._step(arm)
+    from vt_drloc.step_graph import CudaGraph, Tape
+    kind,as_ever = CudaGraph if self.device.type=='cuda' else Tape,partial(self._step, arm)
+    self.seen[arm] += 1
+    if arm in self.graphs: self.graphs[arm].replay()
+    elif self.seen[arm]<4: kind.warm_up(as_ever)
+    else:
+        self.graphs[arm] = kind([self.generator] if hasattr(self, 'generator') and kind is CudaGraph else [])
+        self.graphs[arm].record(as_ever)
 
 # %% ../nbs/22_bench.ipynb #d5452fc7
 @patch
@@ -577,6 +593,7 @@ SECTIONS |= {s: [_with_side(s, m, 512)] for s,m in _at512.items()}
 SECTIONS['parts'] = [_with_side('parts', m, 128, arms=PARTS) for m in _vts]
 _small = partial(_with_side, 'side_small')
 SECTIONS['side_small'] = [[_small('resnet50', 512)], [_small('resnet50', 128), *[_small(m, 512, 32) for m in _minis]]]
+SECTIONS['side_small_graph'] = [_with_side('side_small_graph', m, 512, 32, mode='', lead=.3, one_graph=True) for m in _minis]
 
 # %% ../nbs/22_bench.ipynb #b7e10a06
 _eager = partial(_with_side, arms=('eager','eager side'), attention=False, skip=False, patches=False)
@@ -647,9 +664,11 @@ def whole_goals(
 # %% ../nbs/22_bench.ipynb #9a27d007
 _short_step = partial(Case, 'whole_small', model='hybrid_s', size=32)
 _short_bare = partial(_short_step, arms=('compiled side',), mode='reduce-overhead', lead=.3)
+_short_learner = partial(_short_step, kind='learner', steps=90)
+_short_recipe = dict(drloc='paper', compile=True, warmup=0, mix=False)
 SECTIONS['whole_small'] = [c for b in (512,256) for c in (
     _short_bare(f"bare step, PyTorch's attention, batch {b}", batch=b), _short_bare(f'bare step, batch {b}', batch=b, attention=True),
-    _short_step(f'Learner, batch {b}', batch=b, kind='learner', steps=90, recipe=dict(drloc='paper', compile=True, warmup=0, mix=False)))]
+    _short_learner(f'Learner, batch {b}', batch=b, recipe=_short_recipe), _short_learner(f'Learner, one graph, batch {b}', batch=b, recipe=dict(_short_recipe, step_graph=True)))]
 
 # %% ../nbs/22_bench.ipynb #5b0e0011
 def small_goals(
@@ -657,8 +676,8 @@ def small_goals(
 )->list: # of `goal`s
     "The Learner against the bare step, at the batch of the plans"
     s = _per_image(rec)
-    bare,learn = (s.get(f'{n}, batch {quick["bs"]}') for n in ('bare step','Learner'))
-    return [goal('speed of the Learner / bare step, hybrid_s', ratio(bare, learn), least=.92)] if bare and learn else []
+    bare,*ways = (s.get(f'{n}, batch {quick["bs"]}') for n in ('bare step','Learner','Learner, one graph'))
+    return [goal(f'speed of the Learner / bare step, hybrid_s{how}', ratio(bare, w), least=.92) for how,w in zip(('',', one graph'), ways) if bare and w]
 
 # %% ../nbs/22_bench.ipynb #cd658417
 def _gpu_cases(have, **kw):
@@ -702,9 +721,10 @@ def _curves(runs, out, say):
             err = p.communicate()[1]
             if p.returncode: raise RuntimeError(f'{name}, seed {s}: {err.strip()[-400:]}')
             [file] = Path(out, name).glob(f'*-s{s}.json')
-            es = json.loads(file.read_text())['epochs']
+            rec = json.loads(file.read_text())
+            es = rec['epochs']
             say(f'{name}, seed {s}: last training loss {es[-1]["train_loss"]:.4f}')
-            yield dict(name=name, seed=s, train=[e['train_loss'] for e in es], valid=[e['valid_loss'] for e in es], drloc=[e['drloc'] for e in es])
+            yield dict(name=name, seed=s, precision=rec['precision'], train=[e['train_loss'] for e in es], valid=[e['valid_loss'] for e in es], drloc=[e['drloc'] for e in es])
     finally:
         for p in runs.values(): p.kill(); p.wait()
 
@@ -910,7 +930,7 @@ def run_plan(
 # %% ../nbs/22_bench.ipynb #e4846b7c
 SWEEP = {'as planned':{}, 'lr 5e-4':dict(lr=5e-4), 'lr 1e-3':dict(lr=1e-3), 'lr 2e-3':dict(lr=2e-3), 'lr 3e-3':dict(lr=3e-3), 'wd 0.02':dict(wd=.02), 'wd 0.15':dict(wd=.15),
          'warmup 3':dict(warmup=3), 'tfms paper':dict(tfms='paper'), 'tfms strong':dict(tfms='strong'), 'tfms light':dict(tfms='light'), 'no mixing':dict(mix=False), 'mixing':dict(mix=True),
-         'drop path 0.1':dict(drop_path=.1), 'batch 256':dict(bs=256), 'side task 0.5':dict(lambda_drloc=.5), 'no side task':dict(drloc='none')}
+         'drop path 0.1':dict(drop_path=.1), 'batch 256':dict(bs=256), 'one graph':dict(step_graph=True), 'side task 0.5':dict(lambda_drloc=.5), 'no side task':dict(drloc='none')}
 SWEEP |= {n: dict(net=o) for n,o in {'residuals 1':dict(residuals=1), 'residuals 2':dict(residuals=2), 'residuals 3':dict(residuals=3), 'residuals 5':dict(residuals=5), 'wider stem':dict(stem=(96,192))}.items()}
 
 def variation(
@@ -1004,7 +1024,7 @@ def quality_goals(
                     goal(f'{name}: seeds', r['seeds'], least=3), goal(f'{name}: first epoch / the others, compilation apart', r['first_epoch'], most=1.05)]
     return res
 
-GOALS = dict(**dict.fromkeys(('side',*_at512,'side_eager','side512_eager','side_small','cpu'), side_goals), attention=vt_goals, whole=whole_goals, whole_small=small_goals, gpus=gpu_goals, curves=curve_goals, precisions=precision_goals, quality=quality_goals)
+GOALS = dict(**dict.fromkeys(('side',*_at512,'side_eager','side512_eager','side_small','side_small_graph','cpu'), side_goals), attention=vt_goals, whole=whole_goals, whole_small=small_goals, gpus=gpu_goals, curves=curve_goals, precisions=precision_goals, quality=quality_goals)
 
 # %% ../nbs/22_bench.ipynb #73734fb6
 def _line(r):

@@ -138,7 +138,7 @@ class DrlocCallback(Callback):
         store_attr(but='tap,loss')
         self.where,self.tapped,self.tap,self.joined,self.make_loss = tap,None,None,None,loss
         self.loss_fn = self.compiled = self.generator = self.opt_state = self.grid_size = None
-        self.draw = PairDraw()
+        self.draw,self.sums,self.factor = PairDraw(),0.,None
         self.weight(0.)
 
 # %% ../nbs/07_callback.ipynb #e77f58bb
@@ -238,6 +238,13 @@ def _part(self:DrlocCallback):
 def before_batch(self:DrlocCallback): self.tap.out = None
 
 @patch
+def _add_up(self:DrlocCallback, now):
+    "Add a step's two losses to the epoch's sums, in place"
+    if not isinstance(self.sums, torch.Tensor): self.sums = torch.zeros_like(now)
+    self.sums.add_(now)
+    self.steps += 1
+
+@patch
 def after_loss(self:DrlocCallback):
     "Add the weighted side task to the loss"
     f,hw = self.tap.out,self.xb[0].shape[-2:]
@@ -247,9 +254,9 @@ def after_loss(self:DrlocCallback):
         self._join()
     self.lam = self.weight(self.pct_train)
     with torch.set_grad_enabled(self.lam > 0): drloc = self._judge(grid, f, hw)
-    self.sums,self.steps = self.sums + torch.stack([self.loss_grad.detach().float(), drloc.detach()]),self.steps+1
+    self._add_up(torch.stack([self.loss_grad.detach().float(), drloc.detach()]))
     if self.lam == 0: return
-    self.learn.loss_grad = self.loss_grad + self.lam*drloc
+    self.learn.loss_grad = self.loss_grad + (self.lam if self.factor is None else self.factor)*drloc
     self.learn.loss = self.loss_grad.clone()
 
 # %% ../nbs/07_callback.ipynb #e5ef5b9a
@@ -348,14 +355,16 @@ def _columns(self:DrlocCallback):
     return L(column('ce', partial(mean, 0)), column('drloc', partial(mean, 1)), column('lambda', lambda: self.lam))
 
 @patch
-def before_train(self:DrlocCallback): self.steps,self.sums = 0,0.
+def before_train(self:DrlocCallback):
+    self.steps = 0
+    if isinstance(self.sums, torch.Tensor): self.sums.zero_()
 
 @patch
 def after_train(self:DrlocCallback):
     "The columns' means are over all processes"
     if not (_in_group() and self.steps): return
     torch.distributed.all_reduce(self.sums)
-    self.sums = self.sums/torch.distributed.get_world_size()
+    self.sums.div_(torch.distributed.get_world_size())
 
 # %% ../nbs/07_callback.ipynb #1ffa1d88
 @patch
@@ -368,7 +377,7 @@ def before_fit(self:DrlocCallback):
     tap = undo.enter_context((GridTaps if isinstance(self.where, list) else GridTap)(learn.model, self.where))
     if self.tapped not in (None, tap.adapter.model): self.load_state_dict(None)
     if learn._grab_cbs(LRFinder): undo.callback(self.load_state_dict, deepcopy(self.state_dict()))
-    self.tap,self.tapped,self.steps,self.lam = tap,tap.adapter.model,0,self.weight(0.)
+    self.tap,self.tapped,self.sums,self.steps,self.lam = tap,tap.adapter.model,0.,0,self.weight(0.)
     undo.callback(self._leave)
     undo.callback(setattr, learn, 'metrics', learn.metrics)
     undo.callback(learn.remove_cb, clip)
@@ -380,7 +389,7 @@ def before_fit(self:DrlocCallback):
 def _leave(self:DrlocCallback):
     "The end of a fit: out of the optimizer, no gradients kept"
     self._part()
-    self.tap = None
+    self.tap = self.factor = None
     for p in self.mlp_params: p.grad = None
 
 # %% ../nbs/07_callback.ipynb #aeae786d
@@ -456,12 +465,18 @@ class StopOnNonFinite(Callback):
         checkpoint=None # path of the last good checkpoint, for the message; a `SaveModelCallback` is asked if None
     ): store_attr()
     def before_fit(self): self.bad,self.run = None,self.run and '_drloc_undo' in vars(self.learn)
+    def before_batch(self):
+        "The step's number, on the device too; validation counts as one step after an epoch's last"
+        n = len(self.dls.train)+1
+        self.step = self.epoch*n + (self.iter if self.training else n-1)
+        if self.bad is not None: self.at.fill_(self.step)
     def after_loss(self):
-        "Latch the first bad step on the device; validation counts as one step after an epoch's last"
-        n,loss = len(self.dls.train)+1,self.loss_grad.detach()
-        step = self.epoch*n + (self.iter if self.training else n-1)
-        now = torch.full((), float('inf'), device=loss.device).masked_fill_(~loss.isfinite().all(), step)
-        self.bad = now if self.bad is None else torch.minimum(self.bad, now)
+        "Latch the first bad step on the device"
+        loss = self.loss_grad.detach()
+        if self.bad is None:
+            self.bad,self.at = torch.full((2,), float('inf'), device=loss.device).unbind()
+            self.at.fill_(self.step)
+        self.bad.copy_(torch.minimum(self.bad, torch.where(loss.isfinite().all(), float('inf'), self.at)))
     def after_batch(self):
         if self.training and (self.iter+1)%self.every == 0: self.look()
     def after_train(self): self.look()

@@ -543,7 +543,7 @@ def position_table(
 def _belongs(rec, recipe):
     "Is this the record of a recipe? Fields that a record is too old to have do not count, nor do ways to compute that the recipe leaves open"
     mine = json.loads(json.dumps(vars(recipe.check())))
-    left_open = {'name','compile','graphs'} | ({'precision'} if recipe.precision=='auto' else set()) | ({'fast'} if recipe.fast else set())
+    left_open = {'name','compile','graphs','step_graph'} | ({'precision'} if recipe.precision=='auto' else set()) | ({'fast'} if recipe.fast else set())
     return all(rec['recipe'][k]==v for k,v in mine.items() if k in rec['recipe'] and k not in left_open)
 
 def _record_of(run, recs): return next((r for r in recs if _belongs(r, run.recipe)), None)

@@ -100,7 +100,7 @@ def _(cb:MixedPrecision, state):
     if state['scaler']: cb.learn.scaler.load_state_dict(state['scaler'])
 
 @progress.register
-def _(cb:DrlocCallback): return dict(sums=cb.sums, steps=cb.steps, lam=cb.lam) if hasattr(cb, 'sums') else None
+def _(cb:DrlocCallback): return dict(sums=cb.sums, steps=cb.steps, lam=cb.lam)
 @set_progress.register
 def _(cb:DrlocCallback, state):
     dev,sums = next(cb.model.parameters()).device,state['sums']

@@ -38,6 +38,7 @@ from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, best_constant, 
 from .compare import device_name, git_revision
 from .gpus import SeveralProcesses, own_seed, processes, rank0_before_others, share, world
 from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, generators, go_on, progress, set_generators, set_progress
+from .step_graph import StepGraph
 
 # %% ../nbs/10_train.ipynb #551f9486
 if __name__=='__main__' and getattr(__spec__, 'name', '')=='vt_drloc.train': # python -m vt_drloc.train
@@ -81,6 +82,7 @@ class Recipe:
     precision:str = 'auto'        # bf16, fp16 or float32; auto: bf16 on GPUs that have it, else fp16; float32 on the CPU
     compile:bool = False          # compile model and side task: slower start, faster steps
     graphs:bool = True            # CUDA graphs, with compile on one GPU: passes are replayed, not started kernel by kernel; on unless --no-graphs is given
+    step_graph:bool = False      # the whole training step as one CUDA graph, optimizer included, on one GPU; `graphs` then has nothing left to do
     fast:bool = True              # faster parts on a GPU: window attention in one kernel, drop path that computes only what it keeps; on unless --no-fast is given
     name:str = ''                 # of the run's files; left open: made from the settings
 
@@ -116,7 +118,7 @@ def _in_limits(r):
 
 # %% ../nbs/10_train.ipynb #4c1d0a33
 _task_alone = 'variant','control','schedule','lambda_drloc','m','pool'
-_speed_alone = 'compile','graphs','fast'     # how fast a run is, not what it computes
+_speed_alone = 'compile','graphs','step_graph','fast'     # how fast a run is, not what it computes
 
 def _need_a_task(r, names=_task_alone):
     "Refuse settings of the side task where there is none"
@@ -184,6 +186,7 @@ class DecayRule(Callback):
 # %% ../nbs/10_train.ipynb #9d635077
 class FusedAdamW(Optimizer):
     "AdamW with fastai's groups and marks and PyTorch's fused kernel"
+    rates = None        # a tensor for each group, where a step is a graph (chapter 21) and must not hold a number
     def __init__(self, params, lr, mom=0.9, sqr_mom=0.999, eps=1e-8, wd=0.05):
         super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
@@ -202,7 +205,7 @@ class FusedAdamW(Optimizer):
         for (i,do_wd),ts in buckets.items():
             h,(ps,gs,avgs,sqs,steps) = self.hypers[i],map(list, zip(*ts))
             with torch.no_grad(): adamw(ps, gs, avgs, sqs, [], steps, fused=True, amsgrad=False, beta1=h['mom'], beta2=h['sqr_mom'],
-                lr=h['lr'], weight_decay=h['wd'] if do_wd else 0., eps=h['eps'], maximize=False, found_inf=getattr(self, 'found_inf', None))
+                lr=h['lr'] if self.rates is None else self.rates[i], weight_decay=h['wd'] if do_wd else 0., eps=h['eps'], maximize=False, found_inf=getattr(self, 'found_inf', None))
 
 # %% ../nbs/10_train.ipynb #f5bbb15f
 class _MeanLoss(Metric):
@@ -236,6 +239,7 @@ class DeviceRecorder(Recorder):
 # %% ../nbs/10_train.ipynb #4db5a5e7
 class Fp16(MixedPrecision):
     "fp16 with scaled gradients; a step that overflows is left out on the device"
+    recordable = True                        # all on the device, so a step can be one graph (chapter 21)
     _step_supports_amp_scaling = True        # the scaler then sets `found_inf` and calls `step`
     def __init__(self, device='cuda', **kwargs): # device; arguments of `GradScaler`
         super().__init__('fp16', **kwargs)
@@ -277,12 +281,18 @@ class TensorCores(Callback):
 # %% ../nbs/10_train.ipynb #6d1f0a32
 class GradientNorms(Callback):
     "Notes the norm of the network's gradient before it is clipped; `found` is an epoch's mean and maximum"
-    order,run_valid,found = MixedPrecision.order+.2,False,{}
+    order,run_valid,found,recordable = MixedPrecision.order+.2,False,{},True
     def __init__(self, every:int=5): store_attr()     # steps from one note to the next
+    def before_fit(self): self.always,self.latest = hasattr(self.learn, 'step_graph'),None
     def before_train(self): self.noted = []
+    def measured(self): return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
     def before_step(self):
-        if self.train_iter%self.every: return
-        self.noted.append(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        if self.always:                               # a recorded step cannot choose: it measures each time, to one place
+            if self.latest is None: self.latest = self.measured()
+            else: self.latest.copy_(self.measured())
+        elif self.train_iter%self.every==0: self.noted.append(self.measured())
+    def after_batch(self):
+        if self.always and (self.train_iter-1)%self.every==0: self.noted.append(self.latest.clone())
     def after_train(self):
         norms = [n for n in torch.stack(self.noted).tolist() if math.isfinite(n)] if self.noted else []
         self.found = dict(grad_norm=sum(norms)/len(norms), grad_norm_max=max(norms)) if norms else {}
@@ -645,13 +655,19 @@ def _speed_up(model):
     speed_up(model)
 
 # %% ../nbs/10_train.ipynb #a07c70e7
+def _whole(r, device): return r.step_graph and device.type=='cuda' and world()==1
+
 def _compile_args(r, device):
     "Arguments of `torch.compile` for a recipe"
-    return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and device.type=='cuda' and world()==1 else {}))
+    return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and not _whole(r, device) and device.type=='cuda' and world()==1 else {}))
 
-def _same_batches(dl):
-    "Judge in batches of one size, so that there is one shape to compile: the largest divisor of the images, unless it is far below. Without gradients a small batch wastes the device: up to 512"
-    best = max(d for d in range(1, max(dl.bs, 512)+1) if dl.n%d==0)
+def _judged_at_once(size, device):
+    "Images that are judged at a time at least: without gradients a small batch wastes the device, and small images waste it sooner"
+    return 512 if device.type=='cpu' else min(2048, max(512, 512*224**2//(size[0]*size[1])))
+
+def _same_batches(dl, most=512):
+    "Judge in batches of one size, so that there is one shape to compile: the largest divisor of the images up to `most`, unless it is far below the batch"
+    best = max(d for d in range(1, max(dl.bs, most)+1) if dl.n%d==0)
     if best >= dl.bs/2: dl.bs = best
 
 def _as_one(dl, device):
@@ -684,9 +700,10 @@ def build(
     if r.fast and device.type=='cuda': _speed_up(model)
     cbs = _callbacks(r, device, weights, bar and not _rank())
     if r.drloc!='none': cbs.append(_side_task(r, model, size, _compile_args(r, device) if r.compile else None))
+    if _whole(r, device): cbs.append(StepGraph())
     if r.compile:
         model.compile(**_compile_args(r, device))
-        _same_batches(dls.valid)
+        _same_batches(dls.valid, _judged_at_once(size, device))
         _as_one(dls.train, device)
     if out: cbs += _files(r, out, dls, device, beside, probe, save_every, minutes, resume)
     for dl in dls: share(dl)

@@ -1,0 +1,163 @@
+"A step as one graph: the same training, bit for bit, wherever it may be recorded; a word where it may not"
+import warnings
+import pytest, torch
+from torch import nn
+from fastai.basics import Callback, Learner
+from fastai.callback.fp16 import MixedPrecision
+
+from vt_drloc.callback import DrlocCallback, NonFiniteLossError
+from vt_drloc.train import Fp16, FusedAdamW, Recipe, build
+from vt_drloc.step_graph import CudaGraph, StepGraph, Tape, why_not
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+small = dict(data='digits', model='demo_cvt', epochs=2, bs=64, lr=8e-3, warmup=1, tfms='none', clip=1., share=.5)   # 11 steps an epoch
+
+def made(device='cpu', extra=(), **kw):
+    torch.set_num_threads(1)
+    learn = build(Recipe(**{**small, **kw}), device=device, bar=False)
+    learn.add_cbs(extra)
+    return learn
+
+def fitted(learn, epochs=2, **kw):
+    with learn.no_logging(): learn.fit(epochs, small['lr'], **kw)
+    return learn
+
+def the_same(a, b):
+    for (n,p),q in zip(a.model.named_parameters(), b.model.parameters(), strict=True): assert torch.equal(p, q), n
+    assert a.recorder.values == b.recorder.values and a.gradient_norms.found == b.gradient_norms.found
+    for p,q in zip(a.drloc.mlp_params if hasattr(a, 'drloc') else [], b.drloc.mlp_params if hasattr(b, 'drloc') else [], strict=True): assert torch.equal(p, q)
+
+@pytest.mark.parametrize('kw', [dict(drloc='paper'), dict(drloc='none'), dict(drloc='paper', mix=False, schedule='ramp_decay'), dict(drloc='released', variant='all'),
+                                dict(drloc='paper', clip=0.), dict(drloc='paper', lambda_drloc=0.)], ids=str)
+def test_training_is_the_same(kw):
+    one = fitted(made(extra=[StepGraph(kind=Tape)], **kw))
+    assert one.step_graph.why == '' and max(one.step_graph.seen.values()) > 10
+    the_same(fitted(made(**kw)), one)
+
+def test_fp16_is_the_same():
+    "Scaler, overflow mark and both precisions within the step"
+    a,b = (fitted(made(drloc='paper', share=.4, extra=[Fp16('cpu'), *cbs]), 1) for cbs in ([], [StepGraph(kind=Tape, warm=1)]))
+    assert b.step_graph.why == ''
+    the_same(a, b)
+
+def test_an_overflow_is_left_out_in_a_replay():
+    "A scale beyond fp16: the first steps are skipped, recorded or not, and the scale falls the same"
+    scales = []
+    class Note(Callback):
+        def before_fit(self): scales.append([])
+        def after_batch(self):
+            if self.training: scales[-1].append(self.learn.scaler.get_scale())
+    a,b = (fitted(made(mix=False, share=.4, extra=[Fp16('cpu', init_scale=2.**24), Note(), *cbs]), 1) for cbs in ([], [StepGraph(kind=Tape, warm=1)]))
+    assert scales[0] == scales[1] and len(set(scales[0])) > 3
+    the_same(a, b)
+
+def test_weight_that_rises_from_zero():
+    "With weight 0 the side task is computed for the log alone: another kind of step"
+    lam = lambda pct: 0. if pct<.4 else .5
+    a,b = (fitted(made(drloc='none', extra=[DrlocCallback(lam, seed=0), *cbs])) for cbs in ([], [StepGraph(kind=Tape)]))
+    the_same(a, b)
+    assert sorted(k[1] for k in b.step_graph.seen if k[0]) == [False,True]
+
+def test_steps_outputs_are_copies():
+    "A graph writes to its own memory; what the Learner holds must outlive the next step"
+    kept = []
+    class Keep(Callback):
+        def after_batch(self):
+            if self.training: kept.append((self.learn.pred, self.learn.pred.clone()))
+    fitted(made(extra=[StepGraph(kind=Tape)]), 1, cbs=Keep())
+    assert len(kept) == 11 and all(torch.equal(a, b) for a,b in kept)
+
+def test_two_fits_and_the_end():
+    plain = fitted(fitted(made(drloc='paper')))
+    learn = fitted(made(drloc='paper', extra=[StepGraph(kind=Tape)]))
+    assert '_do_one_batch' not in vars(learn) and learn.opt.rates is None and learn.drloc.factor is None and not learn.step_graph.graphs
+    the_same(plain, fitted(learn))
+    assert learn.validate()[1] == plain.validate()[1]
+
+def test_non_finite_loss_is_found():
+    "The mark is set within replays, and names the step"
+    class Spoil(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter==15: self.learn.xb = (self.xb[0]*float('nan'),)
+    with pytest.raises(NonFiniteLossError, match='epoch 1, step 4'): fitted(made(mix=False, extra=[StepGraph(kind=Tape), Spoil()]))
+
+# ---- what is not recorded
+
+class Inner(Callback):
+    def before_step(self): self.n = getattr(self, 'n', 0)+1
+class Declared(Inner): recordable = True
+class Heir(Declared): pass
+
+def said(learn, **kw):
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        fitted(learn, 1, **kw)
+    return [str(w.message) for w in ws if 'graph' in str(w.message)]
+
+@pytest.mark.parametrize('cb,why', [(Inner, 'Inner acts within a step (before_step)'), (Heir, 'Heir acts'), (lambda: MixedPrecision('fp16'), "fastai's MixedPrecision asks")])
+def test_unknown_callbacks(cb, why):
+    learn = made(extra=[cb()])
+    learn.create_opt()
+    assert why in why_not(learn, Tape)
+
+def test_one_word_and_as_ever():
+    learn = made(extra=[Inner()])
+    assert len(m := said(learn, cbs=StepGraph(kind=Tape))) == 1 and 'Inner' in m[0]
+    assert learn.inner.n == 11
+
+def test_a_callback_may_declare_itself():
+    learn = made(extra=[Declared(), StepGraph(kind=Tape)])
+    assert not said(learn) and learn.declared.n == 4       # three steps as ever, and the one that was recorded
+
+def test_hooks_optimizer_learner_device():
+    learn = made()
+    learn.create_opt()
+    hook = learn.model.register_forward_hook(lambda *_: None)
+    assert 'hook' in why_not(learn, Tape)
+    hook.remove()
+    stock = Learner(learn.dls, learn.model, loss_func=nn.CrossEntropyLoss())
+    stock.create_opt()
+    assert 'Optimizer takes its learning rates as numbers' in why_not(stock, Tape)
+    class Own(Learner):
+        def _step(self): super()._step()
+    own = Own(learn.dls, learn.model, loss_func=nn.CrossEntropyLoss(), opt_func=FusedAdamW)
+    own.create_opt()
+    assert 'Own has a _step of its own' in why_not(own, Tape)
+    if next(learn.model.parameters()).device.type=='cpu': assert 'only a GPU has CUDA graphs' in why_not(learn, CudaGraph)
+
+def test_a_schedule_of_more_than_the_rate():
+    "Each value of beta is another kind of step: nothing is recorded, the training is as ever, and that is said"
+    def one_cycle(cbs):
+        learn = made(extra=cbs, epochs=3, share=1.)
+        learn.remove_cb(learn.param_scheduler)
+        with learn.no_logging(): learn.fit_one_cycle(3, small['lr'], moms=(.95,.85,.95))
+        return learn
+    with pytest.warns(UserWarning, match='50 kinds of steps'): a = one_cycle([StepGraph(kind=Tape)])
+    the_same(one_cycle([]), a)
+
+def test_bad_number():
+    with pytest.raises(ValueError, match='warm=0: at least one step'): StepGraph(warm=0)
+
+def test_what_cannot_be_recorded_says_how_to_go_on():
+    class Broken(Tape):
+        def record(self, f): raise RuntimeError('operation not permitted when stream is capturing')
+    with pytest.raises(RuntimeError, match='cannot be recorded as a graph.*not permitted.*leave out StepGraph'): fitted(made(extra=[StepGraph(kind=Broken)]), 1)
+
+def test_tape():
+    x,total = torch.ones(3),torch.zeros(3)
+    tape = Tape()
+    tape.record(lambda: total.add_(x.view(3)*2))
+    x.fill_(5.); tape.replay()
+    assert total.tolist() == [12.]*3
+
+# ---- on a GPU
+
+@gpu
+@pytest.mark.parametrize('kw', [dict(precision='bf16'), dict(precision='fp16'), dict(precision='float32'), dict(precision='bf16', compile=True)], ids=str)
+def test_on_a_gpu(kw):
+    "One graph trains as step by step does, up to the order of additions"
+    kw = dict(kw, drloc='paper', model='cvt_mini', size=32, lr=1e-3, mix=False)
+    a,b = (fitted(made('cuda', step_graph=one, **kw)) for one in (False,True))
+    assert b.step_graph.why == '' and max(b.step_graph.seen.values()) > 15
+    for x,y in zip(a.recorder.values[-1], b.recorder.values[-1]): assert abs(x-y) < .05
+    assert a.drloc.generator.get_state().equal(b.drloc.generator.get_state())
