@@ -516,3 +516,21 @@ def test_a_number_of_rounds_that_is_none():
 def test_what_could_only_fail_after_training_is_refused(more, says, tmp_path):
     with pytest.raises(SystemExit, match=says): bench.main(device='cpu', out=str(tmp_path), **more)
     assert not list(tmp_path.iterdir())
+
+def test_a_step_as_one_graph_is_the_same_step():
+    "Both arms in turns, each with its own recording, from the fourth step on"
+    both = []
+    for one in (False,True):
+        run = Steps(Case(name='graph', batch=4, arms=('eager','eager side'), one_graph=one, **tiny), 'cpu')
+        for _ in range(6):
+            for arm in run.case.arms: run.step(arm)
+        both.append(run)
+    assert sorted(both[1].graphs)==['eager','eager side'] and not both[0].graphs
+    assert all(torch.equal(p, q) for p,q in zip(*(r.params for r in both), strict=True))
+    assert torch.equal(*(r.generator.get_state() for r in both))
+
+def test_cases_as_one_graph():
+    "No graphs of torch.compile's beside; the small networks, and the Learner of the short plan"
+    cases = SECTIONS['side_small_graph']
+    assert [c.model for c in cases]==['t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini'] and all(c.one_graph and c.mode=='' for c in cases)
+    assert [c.name for c in SECTIONS['whole_small'] if c.recipe.get('step_graph')]==['Learner, one graph, batch 512','Learner, one graph, batch 256']

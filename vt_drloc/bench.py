@@ -78,7 +78,7 @@ class Steps:
         self.params = list(self.model.parameters())
         if any(' ' in a for a in case.arms): self.params += self._side()
         groups = [dict(params=[p for p in self.params if p.ndim>1]),dict(params=[p for p in self.params if p.ndim<2], weight_decay=0.)]
-        self.opt = torch.optim.AdamW(groups, 1e-4, weight_decay=.05, fused=True, **(dict(capturable=True) if case.one_graph else {}))
+        self.opt = torch.optim.AdamW(groups, 1e-4, weight_decay=.05, fused=True, **(dict(capturable=True) if case.one_graph and self.device.type=='cuda' else {}))
         self.seen,self.graphs = Counter(),{}
         self.forwards = {ways: self._forward(*ways) for ways in {(how, bool(part)) for how,part in map(_words, case.arms)}}
 
@@ -197,7 +197,7 @@ def warm_up(self:Steps)->dict: # For each arm: first step's seconds, peak bytes 
 @patch
 def memory(self:Steps)->dict: # peak_bytes, `None` if unknown; peak_of: how it was read
     "Most memory of the last steps"
-    graphs = self.case.mode=='reduce-overhead'
+    graphs = self.case.mode=='reduce-overhead' or self.case.one_graph
     peak = peak_memory(self.device, graphs=graphs)
     if peak is None: return dict(peak_bytes=None)
     return dict(peak_bytes=None if graphs and len(self.case.arms)>1 else peak, peak_of='held' if graphs else 'allocated')
