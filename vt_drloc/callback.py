@@ -476,7 +476,7 @@ class StopOnNonFinite(Callback):
         if self.bad is None:
             self.bad,self.at = torch.full((2,), float('inf'), device=loss.device).unbind()
             self.at.fill_(self.step)
-        self.bad.copy_(torch.minimum(self.bad, torch.where(loss.isfinite().all(), float('inf'), self.at)))
+        self.bad.copy_(torch.minimum(self.bad, self.at.masked_fill(loss.isfinite().all(), float('inf'))))
     def after_batch(self):
         if self.training and (self.iter+1)%self.every == 0: self.look()
     def after_train(self): self.look()

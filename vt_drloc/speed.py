@@ -228,7 +228,7 @@ def skip_branch(
     if n==B: return x + branch(x)
     perm = torch.rand(B, device=x.device).argsort()
     place = perm.argsort()
-    idx,pos = perm[:n],torch.where(place<n, place, -1)
+    idx,pos = perm[:n],place.masked_fill(place>=n, -1)
     return x + _Put.apply(branch(_Take.apply(x, idx, pos)), idx, pos)*(B/n)
 
 # %% ../nbs/21_speed.ipynb #6b96c88a
