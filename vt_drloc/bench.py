@@ -161,7 +161,7 @@ def step(self:Steps,
     if arm in self.graphs: self.graphs[arm].replay()
     elif self.seen[arm]<4: kind.warm_up(as_ever)
     else:
-        self.graphs[arm] = kind([self.generator] if hasattr(self, 'generator') and kind is CudaGraph else [])
+        self.graphs[arm] = kind([getattr(self, 'generator', None)])
         self.graphs[arm].record(as_ever)
 
 # %% ../nbs/22_bench.ipynb #d5452fc7

@@ -54,7 +54,8 @@ class CudaGraph:
     "A step on a GPU: recorded once, then started as a whole"
     def __init__(self, generators=()): # those that a step draws from, PyTorch's own apart
         self.graph = torch.cuda.CUDAGraph()
-        for g in generators: self.graph.register_generator_state(g)
+        for g in generators:
+            if g is not None and g.device.type=='cuda': self.graph.register_generator_state(g)
     def record(self, f): # a function without arguments
         "Record what `f` starts, and run it"
         with torch.cuda.graph(self.graph): f()
@@ -171,7 +172,7 @@ def _record(self:StepGraph, kind, as_ever):
     learn,n = self.learn,len(self.xb)
     batch = tuple(t.as_subclass(torch.Tensor).clone() for t in (*self.xb,*self.yb))
     learn.xb,learn.yb = batch[:n],batch[n:]
-    graph = self.kind([self.task.generator] if self.task and self.task.generator and self.task.generator.device.type=='cuda' else [])
+    graph = self.kind([self.task.generator] if self.task else [])
     try: graph.record(as_ever)
     except RuntimeError as e:
         raise RuntimeError(f"a step of {type(learn.model).__name__} cannot be recorded as a graph ({e}); train without it: leave out StepGraph, or step_graph in the recipe") from e
