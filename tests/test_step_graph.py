@@ -7,7 +7,7 @@ from fastai.callback.fp16 import MixedPrecision
 
 from vt_drloc.callback import DrlocCallback, NonFiniteLossError
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build
-from vt_drloc.step_graph import CudaGraph, StepGraph, Tape, why_not
+from vt_drloc.step_graph import CudaGraph, Replayed, StepGraph, Tape, why_not
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 small = dict(data='digits', model='demo_cvt', epochs=2, bs=64, lr=8e-3, warmup=1, tfms='none', clip=1., share=.5)   # 11 steps an epoch
@@ -22,6 +22,8 @@ def fitted(learn, epochs=2, **kw):
     with learn.no_logging(): learn.fit(epochs, small['lr'], **kw)
     return learn
 
+def most(learn): return max(s.seen for s in learn.step_graph.steps.values())
+
 def the_same(a, b):
     for (n,p),q in zip(a.model.named_parameters(), b.model.parameters(), strict=True): assert torch.equal(p, q), n
     assert a.recorder.values == b.recorder.values and a.gradient_norms.found == b.gradient_norms.found
@@ -31,7 +33,7 @@ def the_same(a, b):
                                 dict(drloc='paper', clip=0.), dict(drloc='paper', lambda_drloc=0.)], ids=str)
 def test_training_is_the_same(kw):
     one = fitted(made(extra=[StepGraph(kind=Tape)], **kw))
-    assert one.step_graph.why == '' and max(one.step_graph.seen.values()) > 10
+    assert one.step_graph.why == '' and most(one) > 10
     the_same(fitted(made(**kw)), one)
 
 def test_fp16_is_the_same():
@@ -56,7 +58,7 @@ def test_weight_that_rises_from_zero():
     lam = lambda pct: 0. if pct<.4 else .5
     a,b = (fitted(made(drloc='none', extra=[DrlocCallback(lam, seed=0), *cbs])) for cbs in ([], [StepGraph(kind=Tape)]))
     the_same(a, b)
-    assert sorted(k[1] for k in b.step_graph.seen if k[0]) == [False,True]
+    assert sorted(k[1] for k in b.step_graph.steps if k[0]) == [False,True]
 
 def test_steps_outputs_are_copies():
     "A graph writes to its own memory; what the Learner holds must outlive the next step"
@@ -70,7 +72,7 @@ def test_steps_outputs_are_copies():
 def test_two_fits_and_the_end():
     plain = fitted(fitted(made(drloc='paper')))
     learn = fitted(made(drloc='paper', extra=[StepGraph(kind=Tape)]))
-    assert '_do_one_batch' not in vars(learn) and learn.opt.rates is None and learn.drloc.factor is None and not learn.step_graph.graphs
+    assert '_do_one_batch' not in vars(learn) and learn.opt.rates is None and learn.drloc.factor is None and not learn.step_graph.held and not any(s.graph for s in learn.step_graph.steps.values())
     the_same(plain, fitted(learn))
     assert learn.validate()[1] == plain.validate()[1]
 
@@ -150,6 +152,20 @@ def test_tape():
     x.fill_(5.); tape.replay()
     assert total.tolist() == [12.]*3
 
+def test_replayed():
+    "A step that raises while it is recorded is not taken for recorded"
+    seen,total = [],torch.zeros(())
+    def step():
+        seen.append(len(seen)); total.add_(1)
+        if len(seen)==3 and not replayed.seen>3: raise RuntimeError('not yet')
+    replayed = Replayed(warm=2, kind=Tape)
+    for _ in range(2): replayed(step)
+    assert replayed.due
+    with pytest.raises(RuntimeError, match='not yet'): replayed(step)
+    assert replayed.due and replayed.graph is None
+    for _ in range(4): replayed(step)
+    assert not replayed.due and len(seen)==4 and total.item()==7
+
 # ---- on a GPU
 
 @gpu
@@ -158,6 +174,6 @@ def test_on_a_gpu(kw):
     "One graph trains as step by step does, up to the order of additions"
     kw = dict(kw, drloc='paper', model='cvt_mini', size=32, lr=1e-3, mix=False)
     a,b = (fitted(made('cuda', step_graph=one, **kw)) for one in (False,True))
-    assert b.step_graph.why == '' and max(b.step_graph.seen.values()) > 15
+    assert b.step_graph.why == '' and most(b) > 15
     for x,y in zip(a.recorder.values[-1], b.recorder.values[-1]): assert abs(x-y) < .05
     assert a.drloc.generator.get_state().equal(b.drloc.generator.get_state())

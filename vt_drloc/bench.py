@@ -14,7 +14,6 @@ __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SW
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, re, select, subprocess, sys, tempfile, time
-from collections import Counter
 from dataclasses import dataclass, field, asdict, replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +78,7 @@ class Steps:
         if any(' ' in a for a in case.arms): self.params += self._side()
         groups = [dict(params=[p for p in self.params if p.ndim>1]),dict(params=[p for p in self.params if p.ndim<2], weight_decay=0.)]
         self.opt = torch.optim.AdamW(groups, 1e-4, weight_decay=.05, fused=True, **(dict(capturable=True) if case.one_graph and self.device.type=='cuda' else {}))
-        self.seen,self.graphs = Counter(),{}
+        self.graphs = self._graphs() if case.one_graph else {}
         self.forwards = {ways: self._forward(*ways) for ways in {(how, bool(part)) for how,part in map(_words, case.arms)}}
 
 # %% ../nbs/22_bench.ipynb #12e700aa
@@ -150,19 +149,18 @@ def _step(self:Steps, arm):
     return loss.detach()
 
 @patch
+def _graphs(self:Steps):
+    "For each arm what records its step"
+    from vt_drloc.step_graph import CudaGraph, Replayed, Tape
+    kind = CudaGraph if self.device.type=='cuda' else Tape
+    return {a: Replayed(kind=kind, generators=[getattr(self, 'generator', None)]) for a in self.case.arms}
+
+@patch
 def step(self:Steps,
     arm:str, # One of the case's
 ):
     "One training step; as one graph, if the case says so, from the fifth on"
-    if not self.case.one_graph: return self._step(arm)
-    from vt_drloc.step_graph import CudaGraph, Tape
-    kind,as_ever = CudaGraph if self.device.type=='cuda' else Tape,partial(self._step, arm)
-    self.seen[arm] += 1
-    if arm in self.graphs: self.graphs[arm].replay()
-    elif self.seen[arm]<4: kind.warm_up(as_ever)
-    else:
-        self.graphs[arm] = kind([getattr(self, 'generator', None)])
-        self.graphs[arm].record(as_ever)
+    return self.graphs[arm](partial(self._step, arm)) if self.graphs else self._step(arm)
 
 # %% ../nbs/22_bench.ipynb #d5452fc7
 @patch

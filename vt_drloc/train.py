@@ -655,11 +655,11 @@ def _speed_up(model):
     speed_up(model)
 
 # %% ../nbs/10_train.ipynb #a07c70e7
-def _whole(r, device): return r.step_graph and device.type=='cuda' and world()==1
+def _one_gpu(device): return device.type=='cuda' and world()==1
 
 def _compile_args(r, device):
     "Arguments of `torch.compile` for a recipe"
-    return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and not _whole(r, device) and device.type=='cuda' and world()==1 else {}))
+    return dict(dynamic=False, **(dict(mode='reduce-overhead') if r.graphs and not r.step_graph and _one_gpu(device) else {}))
 
 def _judged_at_once(size, device):
     "Images that are judged at a time at least: without gradients a small batch wastes the device, and small images waste it sooner"
@@ -700,7 +700,7 @@ def build(
     if r.fast and device.type=='cuda': _speed_up(model)
     cbs = _callbacks(r, device, weights, bar and not _rank())
     if r.drloc!='none': cbs.append(_side_task(r, model, size, _compile_args(r, device) if r.compile else None))
-    if _whole(r, device): cbs.append(StepGraph())
+    if r.step_graph and _one_gpu(device): cbs.append(StepGraph())
     if r.compile:
         model.compile(**_compile_args(r, device))
         _same_batches(dls.valid, _judged_at_once(size, device))
