@@ -333,9 +333,10 @@ def test_precisions_are_trained():
     assert rows[0]['settings']['precision']=='float32' and len(rows[0]['train'])==rows[0]['settings']['epochs']
 
 def test_a_case_that_failed_leaves_no_goal_at_32_pixels():
-    row = lambda name: dict(name=name, batch=512, block_s=[.01,.0101])
+    row = lambda name, attention=True, **kw: dict(name=name, kind='learner' if 'Learner' in name else 'steps', batch=512, attention=attention, **(kw or dict(block_s=[.01,.0101])))
     assert len(bench.small_goals(rec('whole_small', row('bare step, batch 512'), row('Learner, batch 512'))))==1
-    assert bench.small_goals(rec('whole_small', row('bare step, batch 512'), dict(name='Learner, batch 512', error='no memory')))==[]
+    assert bench.small_goals(rec('whole_small', row('bare step, batch 512'), row('Learner, batch 512', error='no memory')))==[]
+    assert bench.small_goals(rec('whole_small', row('bare step, batch 512'), row('Learner, batch 512', False)))==[]     # its bare step is missing
 
 def test_a_run_that_fails_ends_the_others(tmp_path):
     class P:

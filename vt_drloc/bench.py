@@ -8,9 +8,10 @@ Docs: https://SET_ME.github.io/vt_drloc/bench.html.md"""
 __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SWEEP', 'GOALS', 'Case', 'Steps',
            'case_circumstances', 'prepare', 'Worker', 'await_ready', 'measure_cases', 'one_by_one', 'Released', 'Rival',
            'mean_interval', 'ratio', 'goal', 'augment_rows', 'vt_goals', 'side_goals', 'side_parts', 'minutes_of',
-           'whole_goals', 'small_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals', 'precision_rows',
-           'precision_goals', 'Plan', 'cct_7_3x1', 'simple_vit', 'timm_vit', 'timm_convit', 'clocked', 'epochs_in',
-           'run_plan', 'variation', 'sweep_rows', 'quality_rows', 'quality_table', 'quality_goals', 'main']
+           'whole_goals', 'bare_beside', 'small_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals',
+           'precision_rows', 'precision_goals', 'Plan', 'cct_7_3x1', 'simple_vit', 'timm_vit', 'timm_convit', 'clocked',
+           'epochs_in', 'run_plan', 'variation', 'sweep_row', 'sweep_rows', 'quality_rows', 'quality_table',
+           'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, re, select, subprocess, sys, tempfile, time
@@ -632,7 +633,7 @@ _full = dict(drloc='paper', tfms='paper', compile=True, warmup=0)
 _whole = partial(Case, section='whole', batch=512, drop_path=.2, **_fast)
 _train = partial(_whole, kind='learner', steps=30, judged=10_000, recipe=_full)
 SECTIONS['whole'] = [
-    _whole(name='bare step', mode='reduce-overhead', lead=.3), _train(name='Learner'), _train(name='Learner, two cores', cores=2),
+    _whole(name='bare step', mode='reduce-overhead', lead=.3), _train(name='Learner'), _train(name='Learner, one graph', recipe=dict(_full, step_graph=True)), _train(name='Learner, two cores', cores=2),
     Case('whole', 'rival', model=_timm, kind='rival', batch=128, drop_path=.2, precision='float32', arms=('eager side',), steps=20)]
 
 def _per_image(rec, key='block_s'):
@@ -654,7 +655,7 @@ def whole_goals(
     "Against the bare step, the rival, two cores and the clock"
     s = _per_image(rec)
     learn = next((r for r in rec['rows'] if r['name']=='Learner'), {})
-    ratios = (('speed of the Learner / bare step','bare step','Learner',.92), ('speed of the Learner / rival','rival','Learner',5),
+    ratios = (*((f'speed of the {n} / bare step','bare step',n,.92) for n in ('Learner','Learner, one graph')), ('speed of the Learner / rival','rival','Learner',5),
               ('speed on two cores / on all','Learner','Learner, two cores',.9))
     res = [goal(what, ratio(s[a], s[b]), least=least) for what,a,b,least in ratios if a in s and b in s]
     return res + ([goal('minutes for 100 epochs of CIFAR-10 at 224 px', mean_interval(minutes_of(learn)), most=18)] if 'valid_s' in learn else [])
@@ -662,20 +663,29 @@ def whole_goals(
 # %% ../nbs/22_bench.ipynb #9a27d007
 _short_step = partial(Case, 'whole_small', model='hybrid_s', size=32)
 _short_bare = partial(_short_step, arms=('compiled side',), mode='reduce-overhead', lead=.3)
-_short_learner = partial(_short_step, kind='learner', steps=90)
-_short_recipe = dict(drloc='paper', compile=True, warmup=0, mix=False)
+_short_learner = partial(_short_step, kind='learner', steps=90, attention=True)
+_short_recipe = dict(drloc='paper', tfms='light', compile=True, warmup=0, mix=False)
 SECTIONS['whole_small'] = [c for b in (512,256) for c in (
     _short_bare(f"bare step, PyTorch's attention, batch {b}", batch=b), _short_bare(f'bare step, batch {b}', batch=b, attention=True),
     _short_learner(f'Learner, batch {b}', batch=b, recipe=_short_recipe), _short_learner(f'Learner, one graph, batch {b}', batch=b, recipe=dict(_short_recipe, step_graph=True)))]
 
 # %% ../nbs/22_bench.ipynb #5b0e0011
+def bare_beside(
+    rec:dict, # Record of the section
+    learner:dict, # Its row of a Learner
+)->dict: # row, or empty
+    "The bare step of a Learner's network: same batch, same attention"
+    same = lambda r: 'error' not in r and r['kind']=='steps' and all(r[k]==learner[k] for k in ('batch','attention'))
+    return next(filter(same, rec['rows']), {})
+
 def small_goals(
     rec:dict, # Record of the section
 )->list: # of `goal`s
     "The Learner against the bare step, at the batch of the plans"
-    s = _per_image(rec)
-    bare,*ways = (s.get(f'{n}, batch {quick["bs"]}') for n in ('bare step','Learner','Learner, one graph'))
-    return [goal(f'speed of the Learner / bare step, hybrid_s{how}', ratio(bare, w), least=.92) for how,w in zip(('',', one graph'), ways) if bare and w]
+    res,learners = [],[r for r in rec['rows'] if 'error' not in r and r['kind']=='learner' and r['batch']==quick['bs']]
+    for r in learners:
+        if bare := bare_beside(rec, r): res.append(goal(f"speed of the {r['name']} / bare step", ratio(bare['block_s'], r['block_s']), least=.92))
+    return res
 
 # %% ../nbs/22_bench.ipynb #cd658417
 def _gpu_cases(have, **kw):
@@ -788,7 +798,7 @@ class Plan:
     recipe:dict = field(default_factory=dict) # Settings of its `Recipe` that differ from `quick`
     heldout:int = 5000 # Training images that a sweep is judged on
 
-quick = dict(data='cifar10', drloc='paper', compile=True, bs=512, lr=2e-3, warmup=5, tfms='light', mix=False, drop_path=0.)
+quick = dict(data='cifar10', drloc='paper', compile=True, step_graph=True, bs=512, lr=2e-3, warmup=5, tfms='light', mix=False, drop_path=0.)
 long = dict(lr=1e-3, tfms='strong', mix=True, drop_path=.1)
 
 # %% ../nbs/22_bench.ipynb #e50c461e
@@ -966,6 +976,17 @@ def _plan(name):
     if name not in PLANS: raise ValueError(f"unknown plan {name!r}; there are: {', '.join(PLANS)}")
     return PLANS[name]
 
+def sweep_row(
+    name:str, # Of the variation
+    plan:str, # That it varies
+    changes:dict, # What `variation` gave
+    r:dict, # Record of the run
+    timed:bool=True, # Had it the plan's minutes? Else all had the same epochs
+)->dict:
+    "What a sweep keeps of a run"
+    row = dict(name=name, plan=plan, changes=changes, epochs=len(r['epochs']), status=r['status'], n_valid=r['n_valid'], accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss'])
+    return row | (dict(seconds=r['seconds'], compile_s=r['compile_s'], steps=len(r['epochs'])*(r['n_train']//r['recipe']['bs'])) if timed else {})
+
 def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', epochs=0, beside=4, **_):
     "Accuracy of a plan's variations on held-out training images"
     names = [n.strip() for n in only.split(',') if n.strip()] or list(SWEEP)
@@ -976,8 +997,7 @@ def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', 
         _in_slots(jobs, _slots(device, beside if epochs else 1), say)
         recs = {n: json.loads(f.read_text()) for n,f in files.items() if f.exists()}
     if not recs: raise RuntimeError('no variation got through its first epoch: nothing is written')
-    return [dict(name=n, plan=plan, changes=changes[n], epochs=len(r['epochs']), status=r['status'], n_valid=r['n_valid'],
-                 accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss'], **({} if epochs else dict(seconds=r['seconds'], compile_s=r['compile_s'], steps=len(r['epochs'])*(r['n_train']//r['recipe']['bs'])))) for n,r in recs.items()]
+    return [sweep_row(n, plan, changes[n], r, timed=not epochs) for n,r in recs.items()]
 
 SECTIONS['sweep'] = sweep_rows
 
