@@ -36,6 +36,13 @@ def plain(mlp, grid, pairs):
     pred = predict_pairs(mlp, grid, pairs)
     return (pred-targets(pairs, *grid.shape[2:], pred.dtype)).abs().sum(-1)
 
+@pytest.fixture(params=[False,True], ids=['in memory','on chip'])
+def on_chip(request, monkeypatch):
+    "Both ways where there are few features"
+    import vt_drloc.speed_loss as s
+    monkeypatch.setattr(s, 'ON_CHIP', request.param)
+    return request.param
+
 def grads(f, mlp, grid, pairs):
     "Losses, and gradients for weights that differ from pair to pair"
     y = f(mlp, grid, pairs)
@@ -53,7 +60,7 @@ def test_kernels_are_chapter_6(data):
 
 @kernels
 @pytest.mark.parametrize('h,w,m', [(3,3,20),(6,6,20)])
-def test_bfloat16(h, w, m):
+def test_bfloat16(h, w, m, on_chip):
     "Losses as exact as float16 and TF32, which keep 11 bits, gradients as exact as bfloat16"
     mlp,grid,pairs = inputs(h=h, w=w, m=m, D=64, hidden=64, dtype=torch.bfloat16)
     for k,(a,b) in enumerate(zip(grads(pair_losses, mlp, grid, pairs), grads(plain, mlp, grid, pairs))):
@@ -61,7 +68,7 @@ def test_bfloat16(h, w, m):
 
 @kernels
 @pytest.mark.parametrize('h', [3,9])
-def test_float16_has_no_room_for_it(h):
+def test_float16_has_no_room_for_it(h, on_chip):
     "Embeddings beyond 65,504 are cut off there, an infinite one shows in the loss of the pairs that have it"
     mlp,grid,pairs = inputs(h=h, w=h)
     mlp[0].weight.data.mul_(1e-6)                                       # hidden units that float16 holds
@@ -86,7 +93,7 @@ def test_tokens_behind_a_class_token(h, w, prefix):
 
 @kernels
 @pytest.mark.parametrize('prefix,h,w,dtype', in_turn([(p,*g) for p in (0,1,2,5) for g in ((3,3),(6,6),(8,8),(14,5))], [torch.float32,torch.bfloat16], 4))
-def test_tokens_handed_in_are_chapter_6(prefix, h, w, dtype):
+def test_tokens_handed_in_are_chapter_6(prefix, h, w, dtype, on_chip):
     "The gradient has the tokens' shape and precision, and is zero where no cell is; not even a NaN there reaches a sum"
     mlp,tokens,pairs,grid = behind(prefix, h, w, dtype=dtype, m=64 if h==8 else 20)
     got = grads(lambda m,t,p: pair_losses(m, grid(t), p, t), mlp, tokens, pairs)
@@ -109,7 +116,7 @@ def test_tokens_wherever_they_lie(prefix, lie, side):
     for a,b in zip(grads(f, mlp, t.requires_grad_(), pairs), grads(f, mlp, tokens, pairs)): assert torch.equal(a, b)
 
 @kernels
-def test_tokens_under_autocast():
+def test_tokens_under_autocast(on_chip):
     "As the grid that is cut from them: the hidden units' gradients are rounded, the tokens' own are not"
     mlp,tokens,pairs,grid = behind(1, 6, 6, D=64, hidden=64)
     with torch.autocast(device, torch.bfloat16): got,want = (grads(lambda m,t,p: pair_losses(m, grid(t), p, *more(t)), mlp, tokens, pairs) for more in (lambda t: (t,), lambda t: ()))
@@ -140,7 +147,7 @@ from_kernel = lambda node: str(node.target)=='<built-in function getitem>' and n
 
 @kernels
 @pytest.mark.parametrize('prefix,h,w,dtype', [(0,3,3,torch.bfloat16), (1,3,3,torch.float32), (0,6,6,torch.float32), (2,6,6,torch.bfloat16)])     # cells first and pairs first, alone and behind tokens
-def test_nothing_lies_between_the_kernel_and_the_features(prefix, h, w, dtype):
+def test_nothing_lies_between_the_kernel_and_the_features(prefix, h, w, dtype, on_chip):
     "The compiled gradient is what the kernel wrote: nothing is padded, cast or copied; without the tokens it is padded"
     mlp,tokens,pairs,grid = behind(prefix, h, w, dtype=dtype)
     for amp in (False,True):
@@ -173,7 +180,7 @@ def test_a_networks_features_get_their_gradient_from_the_kernel(model, monkeypat
 @kernels
 @pytest.mark.parametrize('half', [torch.bfloat16,torch.float16])
 @pytest.mark.parametrize('h,w', [(3,3),(6,6)])
-def test_autocast_rounds_what_is_multiplied(h, w, half):
+def test_autocast_rounds_what_is_multiplied(h, w, half, on_chip):
     "To 11 bits on the way forward, to bfloat16 on the way back; in fp16 nothing changes at all"
     args = inputs(B=4, D=64, h=h, w=w, hidden=64)
     want = grads(pair_losses, *args)
@@ -184,7 +191,7 @@ def test_autocast_rounds_what_is_multiplied(h, w, half):
         else: assert a.dtype==torch.float32 and (k or 1e-7 < far(a, b)) and far(a, b) < (5e-3 if k else 1e-3)   # a hidden unit near zero may fall on its other side
 
 @kernels
-def test_a_compiled_loss_knows_of_autocast():
+def test_a_compiled_loss_knows_of_autocast(on_chip):
     args = inputs()
     f = torch.compile(pair_losses, backend='aot_eager', fullgraph=True)
     for on in (False,True,False):
@@ -205,7 +212,7 @@ def test_operations_obey_pytorch(h, w):
 @kernels
 @pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16])
 @pytest.mark.parametrize('h,w', [(3,3),(6,6)])
-def test_the_way_back_is_as_declared(h, w, dtype):
+def test_the_way_back_is_as_declared(h, w, dtype, on_chip):
     "Shape and precision of the tokens: autograd would cast another precision in silence, with a copy"
     (l1,_,l2),tokens,pairs,_ = behind(1, h, w, dtype=dtype)
     w1,b1,w2,b2,t = (o.detach() for o in (l1.weight,l1.bias,l2.weight,l2.bias,tokens))
@@ -297,6 +304,77 @@ def test_what_does_not_fit_says_so(change):
     assert not fits(mlp, grid)
     with pytest.raises(ValueError, match='multiple of 16.*use predict_pairs'): pair_losses(mlp, grid, pairs)
 
+# ---- few features, in mixed precision: hidden units that stay on the chip
+
+def low(f):
+    "A function under autocast to bfloat16"
+    def g(*args):
+        with torch.autocast(device, torch.bfloat16): return f(*args)
+    return g
+
+@kernels
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_on_chip_is_chapter_6(data):
+    "Any grid, any number of pairs, widths that are no power of 2, with and without a class token: as near to float32 as the other kernels, and NaN before the cells reaches nothing"
+    import vt_drloc.speed_loss as s
+    B,D,h,w,m,prefix = (data.draw(st.integers(*r)) for r in ((1,3),(1,40),(1,9),(2,9),(1,80),(0,2)))
+    mlp,tokens,pairs,grid = behind(prefix, h, w, B, D, data.draw(st.sampled_from([torch.float32,torch.bfloat16])), m=m, hidden=data.draw(st.sampled_from([16,48,128,160])))
+    ours = low(lambda m,t,p: pair_losses(m, grid(t), p, t))
+    want = grads(lambda m,t,p: plain(m, grid(t), p), mlp, tokens, pairs)
+    other = grads(ours, mlp, tokens, pairs)
+    calls,real = [],s._ahead_on_chip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s, 'ON_CHIP', True)
+        patch.setattr(s, '_ahead_on_chip', lambda *a: calls.append(1) or real(*a))
+        got = grads(ours, mlp, tokens, pairs)
+    assert calls==[1] and not got[1][:,:prefix].any()
+    for k,(a,b,c) in enumerate(zip(got, want, other)): assert (a.dtype,a.shape)==(c.dtype,c.shape) and far(a, b)<(3e-2 if k in (1,2,3) else 1e-3)
+
+@kernels
+@pytest.mark.parametrize('T,D,rounded,hidden,takes', [(128,256,True,512,True), (129,256,True,512,False), (128,257,True,512,False), (128,256,False,512,False)])
+def test_who_stays_on_the_chip(T, D, rounded, hidden, takes, monkeypatch):
+    import vt_drloc.speed_loss as s
+    assert not s._on_chip(torch.zeros(1, T, D), hidden, rounded)
+    monkeypatch.setattr(s, 'ON_CHIP', True)
+    assert s._on_chip(torch.zeros(1, T, D), hidden, rounded)==takes
+
+@kernels
+@pytest.mark.parametrize('lie', ['as channels','among others','each second'])
+def test_on_chip_wherever_they_lie(lie, monkeypatch):
+    import vt_drloc.speed_loss as s
+    monkeypatch.setattr(s, 'ON_CHIP', True)
+    mlp,tokens,pairs,grid = behind(1, 3, 3)
+    t = tokens.detach()
+    t = dict(zip(('as channels','among others','each second'), (t.mT.contiguous().mT, torch.cat([t[:,:1],t,t[:,:3]], 1)[:,1:-3], t.repeat_interleave(2, 2)[...,::2])))[lie]
+    f = low(lambda m,t,p: pair_losses(m, grid(t), p, t))
+    for a,b in zip(grads(f, mlp, t.requires_grad_(), pairs), grads(f, mlp, tokens, pairs)): assert torch.equal(a, b)
+
+@kernels
+@pytest.mark.parametrize('bad,prefix', [(-1,0),(-1,1),(-2,2),(None,0),(None,2)])
+def test_a_pair_outside_the_grid_on_chip(bad, prefix, monkeypatch):
+    import vt_drloc.speed_loss as s
+    monkeypatch.setattr(s, 'ON_CHIP', True)
+    mlp,tokens,pairs,grid = behind(prefix, 4, 5, B=2)
+    f = low(lambda m,t,p: pair_losses(m, grid(t), p, t))
+    want = f(mlp, tokens, pairs.where(torch.arange(20, device=device)[:,None]!=3, 0))
+    pairs[1,3,0] = 20 if bad is None else bad
+    loss = f(mlp, tokens, pairs)
+    assert loss.isnan().nonzero().tolist()==[[1,3]] and torch.equal(loss[0,4:], want[0,4:])
+    g, = torch.autograd.grad(loss.nansum(), tokens)
+    assert g.isfinite().all() and not g[:,:prefix].any()
+
+@kernels
+def test_on_chip_many_pairs(monkeypatch):
+    "More than a program adds up, in two runs: the same bits"
+    import vt_drloc.speed_loss as s
+    monkeypatch.setattr(s, 'ON_CHIP', True)
+    monkeypatch.setattr(s, '_share', 64)
+    args = inputs(B=5, h=4, w=5, m=40)
+    a,b = (grads(low(pair_losses), *args) for _ in range(2))
+    assert all(torch.equal(x, y) for x,y in zip(a, b))
+    for k,(x,y) in enumerate(zip(a, grads(plain, *args))): assert far(x, y)<(2e-2 if k in (1,2,3) else 1e-3)
+
 # ---- DrlocLoss takes them by itself on a GPU
 
 @gpu
@@ -337,13 +415,13 @@ import triton
 from triton.compiler import ASTSource
 from triton.backends.compiler import GPUTarget
 import vt_drloc.speed_loss as s
-numbers = dict(cells='*fp32', tokens='*fp32', n='i32', image='i32', cell='i32', one='i32', D='i32', T='i32', prefix='i32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dtokens='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','rows','cols')})
-def build(kernel, low, **fixed):
+numbers = dict(cells='*fp32', tokens='*fp32', n='i32', image='i32', cell='i32', one='i32', D='i32', T='i32', prefix='i32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dtokens='*fp32', derror='*fp32', parts='*fp32', hidden='*fp16', dw='*fp32', **{k:'i32' for k in ('M','N','R','SHARE','rows','cols')})
+def build(kernel, low, options=None, w1='*bf16', **fixed):
     names = kernel.arg_names
     half,ahead = ('*bf16','*fp16') if low else ('*fp32','*fp32')
-    sig = {k: 'constexpr' if k in fixed else half if k in ('dpre','dx','kept') else ahead if k in ('pre','out') else numbers[k] for k in names}
+    sig = {k: 'constexpr' if k in fixed else half if k in ('dpre','dx','kept') else ahead if k in ('pre','out') else w1 if k=='w1' else numbers[k] for k in names}
     code = ASTSource(kernel, sig, constexprs={(names.index(k),):v for k,v in fixed.items()})
-    return triton.compile(code, target=GPUTarget('cuda', 90, 32)).asm['ptx']
+    return triton.compile(code, target=GPUTarget('cuda', 90, 32), options=options).asm['ptx']
 for one in ({},dict(prefix=1)):                                  # a number that is 1 is known to the compiler
     for cells in (True,False):
         for low in (True,False):
@@ -352,6 +430,12 @@ for one in ({},dict(prefix=1)):                                  # a number that
     for low in (True,False): assert '.entry _pairs_to_cells' in build(s._pairs_to_cells, low, D=384, BD=128, BM=32, NB=64, LOW=low, **one)
 for low in (True,False): assert '.entry _pairs_look_up' in build(s._pairs_look_up, low, BD=512, BM=16, LOW=low)
 for prefix in (0,1): assert '.entry _cells_round' in build(s._cells_round, True, prefix=prefix, BLOCK=2048)
+for D in (128,256):
+    block = s._blocks(D, 512)
+    options = {k:block.pop(k) for k in ('num_warps','num_stages')}
+    assert '.entry _judge' in build(s._judge, True, options, '*fp16', **{**block,'BD':D}, BM=s._rows(D))
+    assert '.entry _weights_back' in build(s._weights_back, True, options, LOW=True, **block, BM=64)
+    assert '.entry _cells_back' in build(s._cells_back, True, options, LOW=True, **block, BM=64, NB=64, prefix=1)
 print('done')'''
 
 @kernels
