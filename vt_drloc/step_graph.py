@@ -125,14 +125,16 @@ class StepGraph(Callback):
     order = -1000                           # first, before mixed precision opens its context
     def __init__(self,
         warm:int=3, # ordinary steps of a kind before it is recorded
-        kind=CudaGraph # what records: `CudaGraph`, or `Tape` to look at it without a GPU
+        kind=CudaGraph, # what records: `CudaGraph`, or `Tape` to look at it without a GPU
+        most:int=16 # kinds that are recorded: each keeps its memory
     ):
+        if most<1: raise ValueError(f"most={most}: at least one kind of step must be recorded, or leave StepGraph out")
         if warm<1: raise ValueError(f"warm={warm}: at least one step must run as ever, in which moments and the side task's MLP are made; 3 is usual")
         store_attr()
     def before_fit(self):
         learn,undo = self.learn,vars(self.learn).get('_drloc_undo')
         if undo is None: return             # not in a fit: fastai's `show_training_loop`, say
-        self.steps,self.held,self.why = {},{},None
+        self.steps,self.held,self.why,self.full = {},{},None,False
         undo.callback(self._leave, learn)
         learn._do_one_batch = self._one
     def before_batch(self): self.context = _autocast_state()
@@ -169,6 +171,13 @@ def _kind_of_step(self:StepGraph):
     return self.training,on,settings,*((t.shape,t.dtype) for t in (*self.xb,*self.yb))
 
 @patch
+def _no_more(self:StepGraph, as_ever):
+    "A kind too many"
+    if not self.full: warn(f"no more kinds of steps are recorded than most={self.most}, since each keeps its memory; all others run as ever")
+    self.full = True
+    as_ever()
+
+@patch
 def _one(self:StepGraph):
     "Stands in for `Learner._do_one_batch`"
     learn = self.learn
@@ -180,7 +189,8 @@ def _one(self:StepGraph):
     generators = [self.task.generator] if self.task else []
     step = self.steps.setdefault(kind, Replayed(self.warm, self.kind, generators))
     if len(self.steps)==50 and not step.seen: warn("50 kinds of steps, and only those that come again are recorded: has a schedule changed more than the rate, or does the batch's shape?")
-    if step.due: self._record(kind, step, as_ever)
+    if step.due and len(self.held)>=self.most: self._no_more(as_ever)
+    elif step.due: self._record(kind, step, as_ever)
     elif kind in self.held: self._replay(kind, step, as_ever)
     else: step(as_ever)
 
