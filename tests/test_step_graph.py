@@ -188,3 +188,15 @@ def test_on_a_gpu(kw):
     assert b.step_graph.why == '' and most(b) > 15
     for x,y in zip(a.recorder.values[-1], b.recorder.values[-1]): assert abs(x-y) < .05
     assert a.drloc.generator.get_state().equal(b.drloc.generator.get_state())
+
+@gpu
+def test_a_replay_waits_for_nothing():
+    "From the fifth step of an epoch on no step makes Python wait for the device"
+    class Strict(Callback):
+        order = 900
+        def before_batch(self):
+            if self.training and self.train_iter>4: torch.cuda.set_sync_debug_mode('error')
+        def after_batch(self): torch.cuda.set_sync_debug_mode('default')
+    try: learn = fitted(made('cuda', precision='bf16', drloc='paper', model='cvt_mini', size=32, step_graph=True, extra=[Strict()]))
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert learn.step_graph.why == '' and most(learn) > 15
