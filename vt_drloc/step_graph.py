@@ -57,7 +57,7 @@ class CudaGraph:
             if g is not None and g.device.type=='cuda': self.graph.register_generator_state(g)
     def record(self, f): # a function without arguments
         "Record what `f` starts, and run it"
-        with torch.cuda.graph(self.graph): f()
+        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): f() # a loader's thread may pin memory meanwhile
         self.graph.replay()
     def replay(self): self.graph.replay()
     @staticmethod
