@@ -596,10 +596,10 @@ SECTIONS['side_small_graph'] = [_with_side('side_small_graph', m, 512, 32, mode=
 
 # %% ../nbs/22_bench.ipynb #b7e10a06
 _eager = partial(_with_side, arms=('eager','eager side'), attention=False, skip=False, patches=False)
-SECTIONS['side_eager'] = [_eager('side_eager', m, 128, lead=.06, seconds=.36) for m in _vts]
+SECTIONS['side_eager'] = [_eager('side_eager', m, 128, lead=.06, seconds=.12) for m in _vts]
 SECTIONS['side512_eager'] = [[_eager('side512_eager', m, 512, lead=.3, seconds=1.2)] for m in _vts]
 SECTIONS['cpu'] = [_eager('cpu', m, b, s, precision='float32') for m,b,s in (*[(m,8,224) for m in _vts],('cvt_mini',64,32),('vit_mini',64,32))]
-ROUNDS = dict(side_eager=160, **dict.fromkeys(_at512, 160)) # 20 elsewhere
+ROUNDS = dict(side_eager=480, **dict.fromkeys(_at512, 160)) # 20 elsewhere
 
 # %% ../nbs/22_bench.ipynb #d8834345
 def side_goals(
