@@ -609,7 +609,8 @@ def side_goals(
     secs = {(r['name'],r['arm']):r['block_s'] for r in rec['rows'] if 'error' not in r}
     models = {r['name']:r['model'] for r in rec['rows'] if 'error' not in r}
     most = lambda name, arm: 1.01 if arm=='compiled side' and models[name] in _vts else 1.03
-    return [goal(f'{name}, {arm.split()[0]}: with / without', ratio(s, secs[name,arm.split()[0]]), most=most(name, arm))
+    how = {r['name']:', one graph'*r.get('one_graph', False) for r in rec['rows']}
+    return [goal(f'{name}, {arm.split()[0]}{how[name]}: with / without', ratio(s, secs[name,arm.split()[0]]), most=most(name, arm))
             for (name,arm),s in secs.items() if arm.endswith(' side')]
 
 # %% ../nbs/22_bench.ipynb #9a27c0d3
