@@ -442,14 +442,16 @@ def test_sweep_is_judged_on_held_out_images(monkeypatch, tmp_path):
         used.append(len(slots))
         for name,cmd in js.items():
             jobs[name] = job = json.loads(cmd[cmd.index('--worker')+1])
-            open(job['file'], 'w').write(json.dumps(dict(epochs=[dict(valid_loss=1.)], status='complete', n_valid=job['heldout'], accuracy=.5, seconds=9., compile_s=1., n_train=1000, recipe=dict(bs=100))))
+            bench.write_json(job['file'], dict(epochs=[dict(valid_loss=1.)], status='complete', n_valid=job['heldout'], accuracy=.5, seconds=9., compile_s=1., n_train=1000, recipe=dict(bs=100)))
     monkeypatch.setattr(bench, '_in_slots', run_here)
-    rows = bench.sweep_rows('cpu', 1, 1, print)
+    rows = bench.sweep_rows('cpu', 1, 1, print, out=tmp_path)
     assert [r['name'] for r in rows]==list(SWEEP) and all(r['n_valid']==5000 for r in rows) and jobs['lr 2e-3']['lr']==2e-3
-    assert [r['name'] for r in bench.sweep_rows('cpu', 1, 1, print, only='no mixing')]==['no mixing'] and jobs['no mixing']['mix'] is False
+    assert [r['name'] for r in bench.sweep_rows('cpu', 1, 1, print, out=tmp_path, only='no mixing')]==['no mixing'] and jobs['no mixing']['mix'] is False
     assert jobs['no mixing']['epochs']==0 and used==[1,1] and rows[0]['seconds']==9.       # a GPU for each, and the plan's minutes
-    assert 'seconds' not in bench.sweep_rows('cpu', 1, 1, print, only='lr 2e-3', epochs=4)[0] and jobs['lr 2e-3']['epochs']==4 and used[-1]==4
-    with pytest.raises(ValueError, match="no variation 'lr'"): bench.sweep_rows('cpu', 1, 1, print, only='lr')
+    assert 'seconds' not in bench.sweep_rows('cpu', 1, 1, print, out=tmp_path, only='lr 2e-3', epochs=4)[0] and jobs['lr 2e-3']['epochs']==4 and used[-1]==4
+    files = {f.name for f in (tmp_path/'sweep_runs').iterdir()}
+    assert len(files)==len(SWEEP)+1 and {'hybrid_s-no_mixing.json','hybrid_s-lr_2e_3.json','hybrid_s-lr_2e_3-4.json'}<=files    # each run's own record stays
+    with pytest.raises(ValueError, match="no variation 'lr'"): bench.sweep_rows('cpu', 1, 1, print, out=tmp_path, only='lr')
     with pytest.raises(ValueError, match="unknown plan 'hybrid'; there are: hybrid_s"): bench.quality_rows('cpu', 1, 1, print, plan='hybrid')
 
 def test_only_runs_of_this_call_count(monkeypatch, tmp_path):
@@ -468,7 +470,9 @@ def test_only_runs_of_this_call_count(monkeypatch, tmp_path):
     assert [r['seeds'] for r in bench.quality_rows('cpu', 1, 1, print, **kw)]==[1]
     monkeypatch.setattr(bench, '_in_slots', lambda *a: None)
     with pytest.raises(RuntimeError, match='no run of hybrid_s got through its first epoch; records of earlier runs are as they were'): bench.quality_rows('cpu', 1, 1, print, **kw)
-    with pytest.raises(RuntimeError, match='no variation got through its first epoch'): bench.sweep_rows('cpu', 1, 1, print)
+    bench.write_json(earlier := tmp_path/'sweep_runs'/'hybrid_s-mixing.json', dict(epochs=[]))
+    with pytest.raises(RuntimeError, match='no variation got through its first epoch; records of earlier runs are as they were'): bench.sweep_rows('cpu', 1, 1, print, only='mixing', out=tmp_path)
+    assert json.loads(earlier.read_text())==dict(epochs=[])
     assert {f.name: f.read_text() for f in (tmp_path/'quality').iterdir()}==was and sorted(was)==[f'hybrid_s-s{i}.json' for i in range(3)]
     monkeypatch.setattr(bench, '_in_slots', run_here)
     [r] = bench.quality_rows('cpu', 1, 1, print, only='no side task + wd 0.15', seeds=(0,), **kw)

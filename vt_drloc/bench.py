@@ -973,6 +973,14 @@ def _slots(device, beside): return [g for _ in range(beside) for g in (visible_g
 
 def _plan_command(**job): return [*_launch('vt_drloc.bench'),'--worker',json.dumps(dict(kind='plan', **job)),'--device',job['device']]
 
+def _slug(name): return re.sub(r'[^a-z0-9.]+', '_', name)
+
+def _written(jobs, files, slots, say):
+    "Run commands; the records that they wrote, and none of an earlier run"
+    old = {n: f.stat().st_mtime_ns for n,f in files.items() if f.exists()}
+    _in_slots(jobs, slots, say)
+    return {n: json.loads(f.read_text()) for n,f in files.items() if f.exists() and f.stat().st_mtime_ns!=old.get(n)}
+
 def _plan(name):
     if name not in PLANS: raise ValueError(f"unknown plan {name!r}; there are: {', '.join(PLANS)}")
     return PLANS[name]
@@ -988,16 +996,14 @@ def sweep_row(
     row = dict(name=name, plan=plan, changes=changes, epochs=len(r['epochs']), status=r['status'], n_valid=r['n_valid'], accuracy=r['accuracy'], valid_loss=r['epochs'][-1]['valid_loss'])
     return row | (dict(seconds=r['seconds'], compile_s=r['compile_s'], steps=len(r['epochs'])*(r['n_train']//r['recipe']['bs'])) if timed else {})
 
-def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', epochs=0, beside=4, **_):
+def sweep_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only='', epochs=0, beside=4, out='.', **_):
     "Accuracy of a plan's variations on held-out training images"
     names = [n.strip() for n in only.split(',') if n.strip()] or list(SWEEP)
     changes,heldout = {n: variation(n) for n in names},_plan(plan).heldout
-    with tempfile.TemporaryDirectory() as tmp:
-        files = {n: Path(tmp)/f'{i}.json' for i,n in enumerate(names)}
-        jobs = {n: _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs, heldout=heldout, **changes[n]) for n,f in files.items()}
-        _in_slots(jobs, _slots(device, beside if epochs else 1), say)
-        recs = {n: json.loads(f.read_text()) for n,f in files.items() if f.exists()}
-    if not recs: raise RuntimeError('no variation got through its first epoch: nothing is written')
+    files = {n: Path(out)/'sweep_runs'/f'{plan}-{_slug(n)}{f"-{epochs}" if epochs else ""}.json' for n in names}
+    jobs = {n: _plan_command(name=plan, device=device, path=path, file=str(f), epochs=epochs, heldout=heldout, **changes[n]) for n,f in files.items()}
+    recs = _written(jobs, files, _slots(device, beside if epochs else 1), say)
+    if not recs: raise RuntimeError('no variation got through its first epoch; records of earlier runs are as they were')
     return [sweep_row(n, plan, changes[n], r, timed=not epochs) for n,r in recs.items()]
 
 SECTIONS['sweep'] = sweep_rows
@@ -1007,11 +1013,9 @@ def quality_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only=''
     "Train a plan, or one variation of it, with each seed, one run a GPU at a time"
     _plan(plan)
     changes,label = (variation(only),f'{plan}, {only}') if only else ({},plan)
-    files = {s: Path(out)/'quality'/f"{re.sub(r'[^a-z0-9.]+', '_', label)}-s{s}.json" for s in seeds}
-    old = {f: f.stat().st_mtime_ns for f in files.values() if f.exists()}
-    jobs = {f'{label}, seed {s}': _plan_command(name=plan, label=label, device=device, path=path, file=str(f), epochs=epochs, seed=s, **changes) for s,f in files.items()}
-    _in_slots(jobs, _slots(device, 1), say)
-    new = [json.loads(f.read_text()) for f in files.values() if f.exists() and f.stat().st_mtime_ns!=old.get(f)]
+    files = {f'{label}, seed {s}': Path(out)/'quality'/f'{_slug(label)}-s{s}.json' for s in seeds}
+    jobs = {n: _plan_command(name=plan, label=label, device=device, path=path, file=str(f), epochs=epochs, seed=s, **changes) for s,(n,f) in zip(seeds, files.items())}
+    new = list(_written(jobs, files, _slots(device, 1), say).values())
     if not new: raise RuntimeError(f'no run of {label} got through its first epoch; records of earlier runs are as they were')
     return quality_table(new)
 
