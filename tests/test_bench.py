@@ -478,6 +478,8 @@ def test_only_runs_of_this_call_count(monkeypatch, tmp_path):
     [r] = bench.quality_rows('cpu', 1, 1, print, only='no side task + wd 0.15', seeds=(0,), **kw)
     assert r['name']=='hybrid_s, no side task + wd 0.15' and not bench.quality_goals(dict(rows=[r]))
     assert sorted(f.name for f in (tmp_path/'quality').iterdir())==[f'hybrid_s-s{i}.json' for i in range(3)]+['hybrid_s_no_side_task_wd_0.15-s0.json']
+    assert bench.quality_rows('cpu', 1, 1, print, seeds=(5,5,6), **kw)[0]['seeds']==2                   # a seed named twice runs once
+    assert [json.loads((tmp_path/'quality'/f'hybrid_s-s{i}.json').read_text())['seed'] for i in (5,6)]==[5,6]
 
 def test_jobs_share_slots(tmp_path):
     "Two slots, four jobs: each in a slot of its own, a failure costs its own job alone"

@@ -1013,8 +1013,9 @@ def quality_rows(device, rounds, minutes, say, path='', plan='hybrid_s', only=''
     "Train a plan, or one variation of it, with each seed, one run a GPU at a time"
     _plan(plan)
     changes,label = (variation(only),f'{plan}, {only}') if only else ({},plan)
-    files = {f'{label}, seed {s}': Path(out)/'quality'/f'{_slug(label)}-s{s}.json' for s in seeds}
-    jobs = {n: _plan_command(name=plan, label=label, device=device, path=path, file=str(f), epochs=epochs, seed=s, **changes) for s,(n,f) in zip(seeds, files.items())}
+    names = {s: f'{label}, seed {s}' for s in seeds}
+    files = {n: Path(out)/'quality'/f'{_slug(label)}-s{s}.json' for s,n in names.items()}
+    jobs = {n: _plan_command(name=plan, label=label, device=device, path=path, file=str(files[n]), epochs=epochs, seed=s, **changes) for s,n in names.items()}
     new = list(_written(jobs, files, _slots(device, 1), say).values())
     if not new: raise RuntimeError(f'no run of {label} got through its first epoch; records of earlier runs are as they were')
     return quality_table(new)
