@@ -186,8 +186,7 @@ def _one(self:StepGraph):
     if self.why or not learn.yb: return as_ever()
     self._fill()
     kind = self._kind_of_step()
-    generators = [self.task.generator] if self.task else []
-    step = self.steps.setdefault(kind, Replayed(self.warm, self.kind, generators))
+    step = self.steps.setdefault(kind, Replayed(self.warm, self.kind))
     if len(self.steps)==50 and not step.seen: warn("50 kinds of steps, and only those that come again are recorded: has a schedule changed more than the rate, or does the batch's shape?")
     if step.due and len(self.held)>=self.most: self._no_more(as_ever)
     elif step.due: self._record(kind, step, as_ever)
@@ -204,6 +203,7 @@ def _record(self:StepGraph, kind, step, as_ever):
     learn,n = self.learn,len(self.xb)
     batch = tuple(t.as_subclass(torch.Tensor).clone() for t in (*self.xb,*self.yb))
     learn.xb,learn.yb = batch[:n],batch[n:]
+    step.generators = [self.task.generator] if self.task else []      # made in its first step
     try: step(as_ever)
     except RuntimeError as e:
         raise RuntimeError(f"a step of {type(learn.model).__name__} cannot be recorded as a graph ({e}); train without it: leave out StepGraph, or step_graph in the recipe") from e
