@@ -22,10 +22,12 @@ from .gpus import world
 # %% ../nbs/21_step_graph.ipynb #1de99867
 class Tape(TorchDispatchMode):
     "A CUDA graph's rules on any device: Python runs once, its tensor operations again and again, to the same places"
-    def __init__(self, generators=()): # those that a step draws from; a tape calls them as ever
+    def __init__(self, generators=()): # those that a step draws from, PyTorch's own apart
         super().__init__()
-        self.calls = []
+        self.calls,self.known = [],{g._cdata for g in (torch.default_generator,*generators) if g is not None} # PyTorch hands on another object around the same generator
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(o, torch.Generator) and o._cdata not in self.known for o in tree_leaves((args, kwargs))):
+            raise RuntimeError(f"{func} draws from a generator that the graph was not given; name it in `generators`")
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
