@@ -129,7 +129,7 @@ def test_the_waterfall_changes_one_thing_at_a_time():
     "From the released step on, each bar differs from the one before in what its name says"
     cases = [c for c in SECTIONS['speed'] if not c.name.startswith('beside')]
     changed = [{k for k,v in asdict(b).items() if v!=asdict(a)[k]}-{'name'} for a,b in zip(cases, cases[1:])]
-    assert changed==[{'precision'},{'kind'},{'model'},{'arms'},{'attention'},{'skip'},{'patches'},{'mode'},{'batch'}]
+    assert changed==[{'precision'},{'kind'},{'model'},{'arms'},{'mode'},{'attention'},{'skip'},{'patches'},{'batch'}]
     assert all(len(c.arms)==1 and c.arms[0].endswith(' side') for c in SECTIONS['speed']) and cases[0].kind=='released' and cases[0].model.startswith('timm:')
 
 def test_side_task_is_in_the_step():
