@@ -7,11 +7,11 @@ Docs: https://SET_ME.github.io/vt_drloc/bench.html.md"""
 # %% auto #0
 __all__ = ['SECTIONS', 'PARTS', 'ROUNDS', 'quick', 'long', 'PEERS', 'PLANS', 'SWEEP', 'GOALS', 'Case', 'Steps',
            'case_circumstances', 'prepare', 'Worker', 'await_ready', 'measure_cases', 'one_by_one', 'Released', 'Rival',
-           'mean_interval', 'ratio', 'goal', 'augment_rows', 'vt_goals', 'side_goals', 'side_parts', 'minutes_of',
-           'whole_goals', 'bare_beside', 'small_goals', 'gpu_rows', 'gpu_goals', 'curve_rows', 'curve_goals',
-           'precision_rows', 'precision_goals', 'Plan', 'cct_7_3x1', 'simple_vit', 'timm_vit', 'timm_convit', 'clocked',
-           'epochs_in', 'run_plan', 'variation', 'sweep_row', 'sweep_rows', 'quality_rows', 'quality_table',
-           'quality_goals', 'main']
+           'mean_interval', 'ratio', 'goal', 'augment_rows', 'vt_goals', 'side_goals', 'side_parts', 'order_rows',
+           'minutes_of', 'whole_goals', 'bare_beside', 'small_goals', 'gpu_rows', 'gpu_goals', 'curve_rows',
+           'curve_goals', 'precision_rows', 'precision_goals', 'Plan', 'cct_7_3x1', 'simple_vit', 'timm_vit',
+           'timm_convit', 'clocked', 'epochs_in', 'run_plan', 'variation', 'sweep_row', 'sweep_rows', 'quality_rows',
+           'quality_table', 'quality_goals', 'main']
 
 # %% ../nbs/22_bench.ipynb #8b6e548d
 import gc, json, math, os, re, select, subprocess, sys, tempfile, time
@@ -629,6 +629,47 @@ def side_parts(
             us,low,high = mean_interval([1e6*(p-q) for p,q in zip(secs[name,a], secs[name,b], strict=True)])
             rows.append(dict(name=name, piece=piece, us=us, low=low, high=high, share=us/1e6/mean(secs[name,b])))
     return rows
+
+# %% ../nbs/22_bench.ipynb #5b0e0051
+_orders = {'cells first':True, 'pairs first':False}
+
+def _loss_alone(D, first, device, batch, side):
+    "A function that computes the side task's loss of random tokens and its gradients"
+    from vt_drloc.loss import LocalizationMLP
+    from vt_drloc.speed_loss import pair_losses
+    from vt_drloc.tokens import to_grid
+    torch.manual_seed(0)
+    mlp,tokens = LocalizationMLP(D).to(device),torch.randn(batch, side*side, D, device=device).bfloat16().requires_grad_()
+    pairs,leaves = sample_pairs(batch, 64, side, side, device),[tokens,*mlp.parameters()]
+    def run():
+        with torch.autocast(torch.device(device).type, torch.bfloat16): loss = pair_losses(mlp, to_grid(tokens, side, side), pairs, tokens, first).mean()
+        torch.autograd.grad(loss, leaves)
+    return run
+
+def _seconds_each(run, n, device):
+    "Seconds of one of `n` runs"
+    _wait(device)
+    t = time.perf_counter()
+    for _ in range(n): run()
+    _wait(device)
+    return (time.perf_counter()-t)/n
+
+def order_rows(device, rounds, minutes, say, widths=(64,128,192,256,384,512,768,2048), batch=512, side=8, seconds=.05, **_):
+    "Seconds of the side task's loss and gradients in both orders, in turns, for each number of features"
+    from vt_drloc.step_graph import CudaGraph, Replayed, Tape
+    kind,rows,until = CudaGraph if torch.device(device).type=='cuda' else Tape,[],time.perf_counter()+60*minutes
+    for D in widths:
+        runs = {a: partial(Replayed(kind=kind), _loss_alone(D, first, device, batch, side)) for a,first in _orders.items()}
+        for run in runs.values(): _seconds_each(run, 5, device)
+        n = max(1, round(seconds/min(_seconds_each(run, 2, device) for run in runs.values())))
+        found = {a:[] for a in runs}
+        for r in range(rounds):
+            for a in list(runs)[::-1 if r%2 else 1]: found[a].append(_seconds_each(runs[a], n, device))
+        rows += [dict(name=f'{D} features', arm=a, features=D, cells=side*side, batch=batch, steps=n, block_s=b) for a,b in found.items()]
+        if time.perf_counter()>until: say(f'time is up after {D} features'); break
+    return rows
+
+SECTIONS['orders'] = order_rows
 
 # %% ../nbs/22_bench.ipynb #d115601f
 _full = dict(drloc='paper', tfms='paper', compile=True, warmup=0)
