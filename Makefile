@@ -1,5 +1,5 @@
 # make train   see the idea at work: trains small networks on the CPU, in two to four minutes
-# make test    prove the code: exports, clean notebooks, every notebook run, pytest
+# make test    prove the code: exports, clean notebooks, every notebook run, pytest; make test-gpu: the tests that need a GPU
 # make docs    the site, into _docs/ (pip alone); make readme: README.md from nbs/index.ipynb
 # make bench   one section of the benchmark on a GPU: make bench SECTION=speed ARGS='--rounds 30'; chapter 22 lists them
 # make hooks   before you change notebooks: git merges them cell by cell, Jupyter saves them clean
@@ -18,7 +18,7 @@ SECTION ?= speed
 ifeq ($(shell command -v nvidia-smi),)
 export TRITON_INTERPRET = 1
 endif
-.PHONY: setup train bench test test-export test-clean test-nbs test-py docs api readme export clean-nbs colab hooks release-check
+.PHONY: setup train bench test test-export test-clean test-nbs test-py test-gpu docs api readme export clean-nbs colab hooks release-check
 .DELETE_ON_ERROR:
 
 train: $(READY)
@@ -57,6 +57,10 @@ test-nbs: $(READY)
 test-py: $(READY)
 	@echo "== 4/4 pytest"
 	@$(BIN)/python -m pytest -n 3 --dist loadfile -rs tests/
+
+# What CI skips, for a machine with a GPU; writes a record, which chapter 22 shows
+test-gpu: $(READY)
+	@env -u OMP_NUM_THREADS $(BIN)/python tools/gpu_tests.py $(ARGS)
 
 docs: $(READY)
 	@$(BIN)/python tools/site.py docs

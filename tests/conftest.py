@@ -9,7 +9,14 @@ gc.set_threshold(100_000, 50, 1000) # each worker holds all that any file import
 @cache
 def shares(file): return "scope='module'" in (Path(__file__).parent/file).read_text(encoding='utf-8')
 
-def pytest_collection_modifyitems(items): items.sort(key=lambda o: not shares(o.path.name)) # no long file is left for the end
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda o: not shares(o.path.name)) # no long file is left for the end
+    for_gpu = [o for o in items if o.get_closest_marker('cuda')]
+    if not for_gpu: return
+    import torch
+    if not torch.cuda.is_available():
+        for o in for_gpu: o.add_marker(pytest.mark.skip(reason='needs a GPU'))
+
 def pytest_collection_finish(session):
     "einops goes into a compiled graph in one piece: Dynamo traces its Python else, at every call, in over half of a network's compiling. The notebooks compile it traced"
     if 'torch._dynamo' in sys.modules:

@@ -346,7 +346,7 @@ def test_as_one_follows_its_list():
 
 # ---- on a GPU
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.cuda
 def test_as_one_on_a_gpu():
     "Compiled it gives what the transforms give, its own numbers scatter like theirs, and nothing waits"
     import torch._inductor.config as inductor
@@ -365,7 +365,7 @@ def test_as_one_on_a_gpu():
     xs = torch.stack([dl.after_batch(b)[0].as_subclass(torch.Tensor) for _ in range(20)])
     assert type(one(b)[0]) is TensorImage and not us[0].equal(us[1]) and (us.mean()-xs.mean()).abs()<.03 and (us.std()/xs.std()-1).abs()<.03
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.cuda
 @pytest.mark.parametrize('mode', ['fast','exact'])
 def test_compiled_on_a_gpu(mode):
     t,x = PaperAugment(96, mode=mode),photos(60, 32).repeat(5,1,1,1).cuda()
@@ -374,7 +374,7 @@ def test_compiled_on_a_gpu(mode):
     on_cpu = t.apply(x.cpu(), Draws(*(o.cpu() for o in d)))
     assert (a-b).abs().mean()*58<0.05 and (a.cpu()-on_cpu).abs().mean()*58<0.05
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.cuda
 @pytest.mark.parametrize('held', ['device','host'])
 def test_an_epoch_on_a_gpu_never_waits(held):
     dls = get_dls('digits', bs=64, size=96, batch_tfms=get_tfms('paper', 96, flip=False), device='cuda', held=held)

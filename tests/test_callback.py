@@ -12,7 +12,6 @@ import vt_drloc.callback as mod
 from vt_drloc.callback import *
 from vt_drloc.loss import DrlocLoss
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # --- a tiny world
 
@@ -848,7 +847,7 @@ def test_switched_off():
 
 def gpu_learner(*cbs, **kw): return learner([drloc(), *cbs], **{**dict(model=tiny().cuda(), dls=loaders(device='cuda')), **kw})
 
-@cuda
+@pytest.mark.cuda
 def test_nothing_waits_on_the_device():
     class Strict(Callback):
         order,run_valid = DrlocCallback.order-0.5,False
@@ -860,14 +859,14 @@ def test_nothing_waits_on_the_device():
     try: gpu_learner(Strict(), Lax(), StopOnNonFinite()).fit(2)
     finally: torch.cuda.set_sync_debug_mode('default')
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize('mode', ['bf16', 'fp16'])
 def test_mixed_precision_on_a_gpu(mode):
     learn = gpu_learner(MixedPrecision(mode), GradientClip(1.), StopOnNonFinite())
     learn.fit(2)
     assert next(iter(learn.drloc.mlp_params)).dtype == torch.float32 and not same(mlp(learn), weights(DrlocLoss(6, 8, 16, seed=0).cuda()))
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize('opt_func', [partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), partial(OptimWrapper, opt=torch.optim.AdamW), Adam])
 def test_resume_and_change_of_device(opt_func, tmp_path):
     new = lambda: gpu_learner(opt_func=opt_func, path=tmp_path)
@@ -882,7 +881,7 @@ def test_resume_and_change_of_device(opt_func, tmp_path):
     there.save('cpu')
     new().load('cpu').fit(1)
 
-@cuda
+@pytest.mark.cuda
 def test_inductor():
     ref,learn = gpu_learner(),gpu_learner(model=torch.compile(tiny().cuda()))
     learn.model(torch.randn(8,3,8,8, device='cuda')).sum().backward()

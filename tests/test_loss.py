@@ -301,9 +301,9 @@ def test_numpy_counts_are_whole_numbers():
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words): call()
 
+@pytest.mark.cuda
 def test_no_host_wait_in_a_step():
     "On a GPU, torch itself reports a step that waits for the device or copies to it synchronously"
-    if not torch.cuda.is_available(): pytest.skip('needs a CUDA device')
     loss = DrlocLoss(16, seed=0).cuda()
     grid, g = torch.randn(4, 16, 7, 5, device='cuda', requires_grad=True), torch.Generator('cuda').manual_seed(0)
     loss(grid, generator=g).backward()

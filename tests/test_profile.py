@@ -223,7 +223,7 @@ def test_memory_of_a_graph_counts_only_if_it_was_looked_for(more, known):
     row = dict(name='a', precision='bf16', flop=1, wall_s=1., idle_s=0., groups=dict.fromkeys(GROUPS, 1.), starts=1, peak_bytes=5, **more)
     assert [r['peak_bytes'] for r in limit_table(dict(limits=dict(flop_per_s=1., dtype='bfloat16'), rows=[row]))]==[5 if known else None]
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 def test_memory_on_a_gpu_counts_what_graphs_keep():
     "At least the weights, their gradients and AdamW's two moments; with two arms nobody knows whose it is"
     case = lambda *arms: Case('try', 'cvt_mini', model='cvt_mini', batch=64, size=32, mode='reduce-overhead', arms=arms, steps=2)

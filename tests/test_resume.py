@@ -15,7 +15,6 @@ from vt_drloc.data import MemoryImages
 from vt_drloc.resume import Checkpoints, ResumeError, _row_sums, checkpoints, fingerprint, go_on
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build, precision_on, run_name, train
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STEPS = 5                                                                  # of an epoch: 80 images in batches of 16
 name = 'noise-demo_cvt-paper-s0'
 common = dict(model='demo_cvt', drloc='paper', epochs=2, bs=16, size=16, lr=.01, warmup=0, drop_path=.1)   # augmented, mixed, dropped: all that is random
@@ -421,21 +420,21 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 # --- on a GPU
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize('mode', ['bf16','fp16'])
 def test_resume_on_a_gpu(mode, tmp_path):
     from fastai.callback.fp16 import MixedPrecision
     half = lambda: Fp16('cuda') if mode=='fp16' else MixedPrecision('bf16')
     broken_off_equals_straight(lambda p: learner(p, half(), opt_func=FusedAdamW, device='cuda'), tmp_path, rtol=1e-3, atol=1e-4)
 
-@cuda
+@pytest.mark.cuda
 def test_a_second_fit_on_a_gpu(tmp_path):
     learn = learner(tmp_path, opt_func=FusedAdamW, device='cuda')
     learn.fit(1)
     learn.fit(1)                                                             # the MLP's moments come back beside it
     assert all(s['step'].device.type=='cuda' and s['step']==16 for s in learn.drloc.opt_state)
 
-@cuda
+@pytest.mark.cuda
 def test_fp16_waits_for_nothing(tmp_path):
     class Strict(Callback):
         order = Fp16.order-.1
@@ -446,7 +445,7 @@ def test_fp16_waits_for_nothing(tmp_path):
     try: learn.fit(1)
     finally: torch.cuda.set_sync_debug_mode('default')
 
-@cuda
+@pytest.mark.cuda
 def test_fp16_follows_bf16(tmp_path, recipe):
     curves = {}
     for p in ('bf16','fp16'):
@@ -457,7 +456,8 @@ def test_fp16_follows_bf16(tmp_path, recipe):
     assert np.isfinite(fp16).all() and (fp16[-1] < fp16[0]).all()
     assert (fp16 > .95*bf16).all() and (fp16[1:] < 1.05*bf16[:-1]).all()      # the steps left out while the scale is found make it late, by less than an epoch
 
-@pytest.mark.skipif(torch.cuda.device_count()<2, reason="needs two CUDA devices")
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs')
 def test_two_gpus(tmp_path):
     cmd = ['-m','vt_drloc.train','--data','digits','--model','vit_mini','--epochs','2','--bs','240','--warmup','0','--tfms','none','--no-mix','--no-bar','--precision','float32']
     for n in (1,2):

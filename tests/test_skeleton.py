@@ -192,3 +192,26 @@ def test_owner_is_said_once():
     address = r'https://(SET_ME\.github\.io|github\.com/SET_ME|colab\.research\.google\.com/github/SET_ME)\b'
     made = lambda f,text: re.sub(address, '', text) if f.startswith(('vt_drloc/', 'nbs/')) or f in ('README.md', 'CITATION.cff') else text
     assert not [f for f,text in tree() if f not in allowed and 'SET_ME' in made(f, text)]
+
+
+# ---- tests that need a GPU
+
+def test_a_record_of_gpu_tests(tmp_path):
+    "What pytest's report says comes into the record, an error of a fixture too"
+    import gpu_tests
+    (tmp_path/'test_some.py').write_text("""import pytest
+@pytest.fixture
+def broken(): raise OSError
+def test_a(): pass
+def test_b(): assert 0
+def test_c(broken): pass
+@pytest.mark.skip
+def test_d(): pass
+""")
+    subprocess.run([sys.executable,'-m','pytest','-q','-p','no:cacheprovider',f'--junitxml={tmp_path}/report.xml',str(tmp_path)], capture_output=True)
+    assert {t['name'].split('.')[-1]: t['outcome'] for t in gpu_tests.read(tmp_path/'report.xml')} == dict(test_a='passed', test_b='failed', test_c='error', test_d='skipped')
+
+def test_what_needs_a_gpu_is_marked():
+    "So that `make test-gpu` finds it: nothing is skipped for want of a GPU in any other way"
+    for f in sorted(Path(__file__).parent.glob('test_*.py')):
+        if f.name!=Path(__file__).name: assert not re.search(r"skip(if)?\(.*(needs a GPU'|no GPU'|needs a CUDA)", f.read_text(encoding='utf-8')), f.name

@@ -9,7 +9,6 @@ from vt_drloc.callback import DrlocCallback, NonFiniteLossError
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build
 from vt_drloc.step_graph import CudaGraph, Replayed, StepGraph, Tape, why_not
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 small = dict(data='digits', model='demo_cvt', epochs=2, bs=64, lr=8e-3, warmup=1, tfms='none', clip=1., share=.5)   # 11 steps an epoch
 
 def made(device='cpu', extra=(), **kw):
@@ -179,7 +178,7 @@ def test_replayed():
 
 # ---- on a GPU
 
-@gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize('kw', [dict(precision='bf16'), dict(precision='fp16'), dict(precision='float32'), dict(precision='bf16', compile=True)], ids=str)
 def test_on_a_gpu(kw):
     "One graph trains as step by step does, up to the order of additions"
@@ -189,7 +188,7 @@ def test_on_a_gpu(kw):
     for x,y in zip(a.recorder.values[-1], b.recorder.values[-1]): assert abs(x-y) < .05
     assert a.drloc.generator.get_state().equal(b.drloc.generator.get_state())
 
-@gpu
+@pytest.mark.cuda
 def test_a_replay_waits_for_nothing():
     "From the fifth step on; but for the first of an epoch, whose loss the recorder reads"
     class Strict(Callback):

@@ -508,9 +508,9 @@ def test_seed_and_state():
     c.load_state_dict(a.state_dict())
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), c.parameters()))
 
+@pytest.mark.cuda
 def test_no_host_wait_in_a_step():
     "On a GPU, torch itself reports a step that waits for the device or copies to it synchronously"
-    if not torch.cuda.is_available(): pytest.skip('needs a CUDA device')
     for v,p in both:
         for kw in ({}, dict(identical=False), dict(exhaustive=True, identical=False)):
             fam, g = family(v, p, k=14, pool=True, **kw).cuda(), torch.Generator('cuda').manual_seed(0)

@@ -16,7 +16,6 @@ from vt_drloc.vit import vit_mini
 from vt_drloc.watch import *
 from test_callback import run_both
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 COLS = ['row','col','expl','scr_row','scr_col','scr_expl','con_row','con_col','con_expl']
 
 @pytest.fixture(autouse=True)
@@ -505,7 +504,7 @@ def test_export_holds_no_watcher(tmp_path):
     assert all(b'vt_drloc' not in pickle.dumps(c) for c in (learn.watch_drloc, learn.show_drloc))
     assert copy.deepcopy(learn.watch_drloc).history == learn.watch_drloc.history
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize('variant', ['drloc','ce'])
 def test_on_a_gpu(variant):
     "Mixed precision and a host that never waits: one copy back an epoch"
