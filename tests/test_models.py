@@ -742,3 +742,23 @@ def test_the_side_tasks_mlp_is_no_network():
     f = next(OWN.glob('*.mlp.safetensors'), None)
     if f is None: pytest.skip('no committed MLP')
     with pytest.raises(ValueError, match="cvt_mini takes no 'dim'"): load_model(f)
+
+@pytest.mark.parametrize('name,kw', [('vit_mini',dict(patch=3, img_size=33)), ('vit_mini',dict(patch=2, img_size=30)), ('t2t_mini',dict(splits=((3,2,1),), img_size=34)), ('cvt_mini',dict(strides=(3,2), img_size=36))])
+def test_options_that_shrink_otherwise(name, kw):
+    "The multiple of the default is not asked for where an option sets another; the network checks for itself"
+    s = kw['img_size']
+    assert create_model(name, 3, **kw)(torch.randn(2, 3, s, s)).shape==(2,3)
+
+def test_the_other_factor_is_checked():
+    with pytest.raises(ValueError, match='total stride 3; resize to 33 x 33'): create_model('vit_mini', patch=3)
+
+def test_each_module_gets_its_mode_back():
+    "After an error too"
+    m = create_model('resnet_mini').train()
+    m.layer1.eval()
+    before = [o.training for o in m.modules()]
+    with pytest.raises(OSError):
+        with in_evaluation(m):
+            assert not any(o.training for o in m.modules())
+            raise OSError
+    assert [o.training for o in m.modules()]==before and len(set(before))==2

@@ -7,8 +7,8 @@ Docs: https://SET_ME.github.io/vt_drloc/models.html.md"""
 # %% auto #0
 __all__ = ['MODELS', 'PUBLIC', 'vit_tiny_16', 'vit_small_16', 'vit_base_16', 'ResNet', 'resnet50', 'resnet_mini', 'ConvResidual',
            'Hybrid', 'hybrid_s', 'hybrid_m', 'demo_cvt', 'Entry', 'register', 'list_models', 'model_info',
-           'create_model', 'resize_pos', 'load_weights', 'Weights', 'weights_dir', 'weights_help', 'weights_file',
-           'public_weights', 'flush', 'replacing', 'save_model', 'read_header', 'load_model']
+           'create_model', 'in_evaluation', 'resize_pos', 'load_weights', 'Weights', 'weights_dir', 'weights_help',
+           'weights_file', 'public_weights', 'flush', 'replacing', 'save_model', 'read_header', 'load_model']
 
 # %% ../nbs/13_models.ipynb #4b5955ce
 import contextlib,inspect,json,logging,os,re
@@ -290,16 +290,19 @@ def model_info(
     raise ValueError(f"unknown model {name!r}: {hint}")
 
 # %% ../nbs/13_models.ipynb #1b1efae8
+_shrinking = {'patch','strides','splits','dims','depths'} # options with which a network shrinks images by another factor; it then checks for itself
+
 def _size(
     e:Entry, # Of the network
     img_size, # Side in pixels, (height, width), or None
+    kw=(), # Options that are given
 ): # the same, checked: an int if square
     "The image size, checked against what the network can take"
     hw = e.size if img_size is None else img_size
     H,W = (hw,hw) if isinstance(hw, int) else hw if isinstance(hw, (tuple,list)) and len(hw)==2 else (0,0)
     if not all(isinstance(s, int) and s>0 for s in (H,W)):
         raise ValueError(f"img_size={img_size!r}: give a side in pixels, or (height, width)")
-    check_stride(H, W, e.multiple)
+    if not _shrinking.intersection(kw): check_stride(H, W, e.multiple)
     return H if H==W else (H,W)
 
 # %% ../nbs/13_models.ipynb #6625eae7
@@ -330,7 +333,7 @@ def create_model(
     e = model_info(name)
     if not isinstance(num_classes, int) or num_classes<1:
         raise ValueError(f"num_classes={num_classes!r}: at least one class is needed")
-    img_size = _size(e, img_size)
+    img_size = _size(e, img_size, kw)
     model = e.make(num_classes=num_classes, **_options(e, img_size, drop_path, kw))
     args = dict(num_classes=num_classes, img_size=img_size, drop_path=drop_path, **kw)
     model.recipe_args = dict(model=name, args=args)
@@ -342,6 +345,17 @@ def create_model(
 def _skeleton(model, args):
     "A network without weights, for its names, shapes and grid"
     with torch.random.fork_rng(devices=[]), torch.device('meta'): return create_model(model, **args)
+
+# %% ../nbs/13_models.ipynb #a8cfdd02
+@contextlib.contextmanager
+def in_evaluation(
+    model:nn.Module, # Any
+): # the model, in evaluation mode
+    "Evaluation mode for a while; every module gets its own mode back"
+    modes = [(m,m.training) for m in model.modules()]
+    try: yield model.eval()
+    finally:
+        for m,mode in modes: m.training = mode
 
 # %% ../nbs/13_models.ipynb #16938065
 def resize_pos(

@@ -20,6 +20,7 @@ from fastai.callback.schedule import LRFinder
 from .hybrid import as_backbone
 from .pairs import check_m, offsets, query_pairs
 from .loss import predict_pairs
+from .models import in_evaluation
 from .callback import DrlocCallback, _in_group, _rank
 from .variants import best_constant, draw_pairs
 
@@ -121,12 +122,8 @@ def evaluating(
     model:nn.Module # as it is; every module gets its own mode back
 ):
     "Evaluation mode, no gradients, nothing compiled, no trace left in model or generators"
-    modes = [(m,m.training) for m in model.modules()]
     gpus = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.no_grad(), torch.random.fork_rng(devices=list(gpus)), _eagerly():
-        try: yield model.eval()
-        finally:
-            for m,mode in modes: m.training = mode
+    with torch.no_grad(), torch.random.fork_rng(devices=list(gpus)), _eagerly(), in_evaluation(model): yield model
 
 # %% ../nbs/16_watch.ipynb #9db67498
 WATCHED = ['images', 'scrambled', 'constant']
