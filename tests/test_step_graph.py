@@ -1,11 +1,12 @@
 "A step as one graph: the same training, bit for bit, wherever it may be recorded; a word where it may not"
-import warnings
-import pytest, torch
+import random, warnings
+import numpy as np, pytest, torch
 from torch import nn
 from fastai.basics import Callback, Learner
 from fastai.callback.fp16 import MixedPrecision
 
 from vt_drloc.callback import DrlocCallback, NonFiniteLossError
+from vt_drloc.models import create_model
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build
 from vt_drloc.step_graph import CudaGraph, Replayed, StepGraph, Tape, why_not
 
@@ -199,3 +200,86 @@ def test_a_replay_waits_for_nothing():
     try: learn = fitted(made('cuda', precision='bf16', drloc='paper', model='cvt_mini', size=32, step_graph=True, extra=[Strict()]))
     finally: torch.cuda.set_sync_debug_mode('default')
     assert learn.step_graph.why == '' and most(learn) > 15
+
+# ---- plain fastai Learners, whose callbacks change things between steps
+
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.losses import CrossEntropyLossFlat
+from fastai.data.core import DataLoaders
+
+def stock(graph, cbs=(), loss=None, cls=Learner, model=None, epochs=3):
+    "A Learner of fastai's own on the digits, the same each time"
+    b = build(Recipe(**small), device='cpu', bar=False)
+    torch.manual_seed(0); random.seed(0); np.random.seed(0)
+    learn = cls(b.dls, model or create_model('demo_cvt', 10, img_size=b.dls.info.size), loss_func=loss or nn.CrossEntropyLoss(), opt_func=FusedAdamW, cbs=list(cbs))
+    if graph: learn.add_cb(StepGraph(kind=Tape))
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 3e-3)
+    return learn
+
+class Unfreeze(Callback):
+    def before_epoch(self):
+        for p in list(self.model.parameters())[:4]: p.requires_grad_(self.epoch>0)
+class Smooth(Callback):
+    def before_epoch(self): self.learn.loss_func = nn.CrossEntropyLoss(label_smoothing=.3*(self.epoch>0))
+class Reload(Callback):
+    order = 100
+    def after_epoch(self):
+        if self.epoch==0: self.learn.save('reload_test')
+    def before_epoch(self):
+        if self.epoch==2: self.learn.load('reload_test')
+class Worst(Callback):
+    order = 100
+    def after_epoch(self): self.losses = self.learn.get_preds(dl=self.dls.valid, with_loss=True, inner=True)[2]
+class Freeze(Callback):
+    def before_train(self):
+        for m in self.model.modules():
+            if isinstance(m, nn.BatchNorm2d) and self.epoch>0: m.eval()
+
+@pytest.mark.parametrize('cb,kinds', [(Unfreeze,4), (Smooth,6), (Reload,4), (Worst,3), (Freeze,3)])
+def test_what_changes_between_steps(cb, kinds, tmp_path, monkeypatch):
+    "Weights that are trained, the loss, the moments, how a loss adds up, modes: another kind of step, and the same training"
+    monkeypatch.chdir(tmp_path)
+    a,b = (stock(g, [cb()]) for g in (False,True))
+    assert b.step_graph.told==dict(why='', recorded=kinds)
+    for p,q in zip(a.model.parameters(), b.model.parameters(), strict=True): assert torch.equal(p, q)
+    assert a.recorder.values==b.recorder.values
+
+@pytest.mark.parametrize('cb', [MixUp,CutMix])
+def test_fastais_mixing_is_refused(cb):
+    "Its loss reads tensors that the callback makes anew"
+    with pytest.warns(UserWarning, match=f"the loss is {cb.__name__}'s.*MixupCutmix"): b = stock(True, [cb()], CrossEntropyLossFlat())
+    assert b.step_graph.told['recorded']==0 and b.opt.rates is None
+
+def test_a_part_of_ones_own_is_refused():
+    class Half(Learner):
+        n = 0
+        def _do_grad_opt(self):
+            self.n += 1
+            if self.n%2: return self._backward()
+            super()._do_grad_opt()
+    with pytest.warns(UserWarning, match='Half has a _do_grad_opt of its own'): learn = stock(True, cls=Half)
+    assert learn.n==33
+    plain = made()
+    plain.create_opt()
+    plain._step = lambda: None
+    assert '_step of its own' in why_not(plain, Tape)
+
+def test_a_hook_that_comes_later():
+    "What is in the way is asked whenever a step is recorded, and the training goes on as ever"
+    class Listen(Callback):
+        def before_validate(self):
+            if self.epoch==0: self.model.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match='a hook listens to'): b = stock(True, [Listen()])
+    a = stock(False, [Listen()])
+    assert b.step_graph.told['recorded']==1 and a.recorder.values==b.recorder.values
+
+def test_batches_and_predictions_of_any_kind():
+    "A dict cannot be copied to its place: as ever, with a word; an output that is None stays None"
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.m = create_model('demo_cvt', 10, img_size=(16,16))
+        def forward(self, x): return self.m(x['x'] if isinstance(x, dict) else x),None
+    loss = lambda p, y: nn.functional.cross_entropy(p[0], y)
+    assert stock(True, loss=loss, model=Two()).step_graph.told==dict(why='', recorded=2)
+    items = [({'x':torch.randn(3,16,16)}, torch.tensor(i%10)) for i in range(16)]
+    learn = Learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu', after_batch=[]), Two(), loss_func=loss, opt_func=FusedAdamW, cbs=StepGraph(kind=Tape))
+    with pytest.warns(UserWarning, match='a batch holds a dict'), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)

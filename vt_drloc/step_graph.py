@@ -26,6 +26,8 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.calls,self.known = [],{g._cdata for g in (torch.default_generator,*generators) if g is not None} # PyTorch hands on another object around the same generator
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if {torch.Tag.data_dependent_output,torch.Tag.dynamic_output_shape} & set(func.tags):
+            raise RuntimeError(f"{func} waits for a number or a shape that only the device knows, and a graph cannot")
         if any(isinstance(o, torch.Generator) and o._cdata not in self.known for o in tree_leaves((args, kwargs))):
             raise RuntimeError(f"{func} draws from a generator that the graph was not given; name it in `generators`")
         out = func(*args, **(kwargs or {}))
@@ -82,6 +84,8 @@ class Replayed:
         self.seen,self.graph = 0,None
     @property
     def due(self): return self.graph is None and self.seen>=self.warm  # the next time is recorded
+    @property
+    def recorded(self): return self.seen>self.warm
     def __call__(self, f): # a function without arguments, the same each time
         self.seen += 1
         if self.graph is not None: self.graph.replay()
@@ -100,6 +104,17 @@ def _known(cb): return type(cb) in RECORDED or vars(type(cb)).get('recordable', 
 def _asks(cb): return type(cb) is MixedPrecision and cb.amp_mode is not AMPMode.BF16
 def _has_hooks(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
 
+_parts = '_do_one_batch','_do_grad_opt','_backward','_step','_with_events','__call__' # of fastai's step
+def _own_part(learn):
+    "A part of the step that is not fastai's, if any"
+    return first(n for n in _parts if getattr(type(learn), n) is not getattr(Learner, n) or n in vars(learn) and n!='_do_one_batch')
+
+def _why_not_batch(learn):
+    of = getattr(learn.loss_func, '__self__', None)
+    if isinstance(of, Callback) and not _known(of): return f"the loss is {type(of).__name__}'s, which reads the callback's own tensors, new ones at each step; vt_drloc.train.MixupCutmix mixes the targets before"
+    odd = first(type(o).__name__ for o in (*getattr(learn, 'xb', ()),*getattr(learn, 'yb', ())) if not isinstance(o, torch.Tensor))
+    return odd and f"a batch holds a {odd}, and only tensors can be copied to where the graph reads them"
+
 def _why_not_callbacks(cbs):
     for cb in cbs:
         if _acts(cb) and not _known(cb): return f"{type(cb).__name__} acts within a step ({_acts(cb)}), and would do so once only; if it works on tensors alone, say recordable = True in its class"
@@ -115,11 +130,10 @@ def why_not(
     if kind is CudaGraph and device.type!='cuda': return f"the network is on the {device.type}, and only a GPU has CUDA graphs"
     if world()>1: return f"{world()} processes share the step"
     if not hasattr(learn.opt, 'rates'): return f"{type(learn.opt).__name__} takes its learning rates as numbers; vt_drloc.train.FusedAdamW takes tensors"
-    own = first(n for n in ('_do_one_batch','_backward','_step') if getattr(type(learn), n) is not getattr(Learner, n))
-    if own: return f"{type(learn).__name__} has a {own} of its own"
+    if own := _own_part(learn): return f"{type(learn).__name__} has a {own} of its own"
     hooked = first(n or type(m).__name__ for n,m in learn.model.named_modules() if _has_hooks(m))
     if hooked: return f"a hook listens to {hooked}, and would be called once only"
-    return _why_not_callbacks(learn.cbs) or ''
+    return _why_not_callbacks(learn.cbs) or _why_not_batch(learn) or ''
 
 # %% ../nbs/21_step_graph.ipynb #f39ba734
 class StepGraph(Callback):
@@ -136,10 +150,12 @@ class StepGraph(Callback):
     def before_fit(self):
         learn,undo = self.learn,vars(self.learn).get('_drloc_undo')
         if undo is None: return             # not in a fit: fastai's `show_training_loop`, say
-        self.steps,self.held,self.why,self.full = {},{},None,False
+        self.steps,self.held,self.why,self.full,self.moments,self.era = {},{},None,False,[],0
         undo.callback(self._leave, learn)
         learn._do_one_batch = self._one
     def before_batch(self): self.context = _autocast_state()
+    @property
+    def told(self): return dict(why=self.why, recorded=sum(o.recorded for o in self.steps.values())) # for a record of the run
     def _leave(self, learn):
         vars(learn).pop('_do_one_batch', None)
         self.held.clear()
@@ -147,13 +163,21 @@ class StepGraph(Callback):
         if hasattr(learn.opt, 'rates'): learn.opt.rates = None
 
 @patch
+def _refused(self:StepGraph):
+    "Is anything in the way? Then it is said, and all further steps run as ever"
+    self.why = why_not(self.learn, self.kind)
+    if not self.why: return False
+    warn(f"steps are not recorded as a graph, but run as ever: {self.why}")
+    if hasattr(self.opt, 'rates'): self.opt.rates = None
+    if self.task: self.task.factor = None
+    return True
+
+@patch
 def _begin(self:StepGraph):
     "Before the first step: is it possible, and if so, tensors for what changes"
-    learn,device = self.learn,self.learn.xb[0].device
-    self.task,self.why = first(c for c in learn.cbs if type(c) is DrlocCallback),why_not(learn, self.kind)
-    if self.why:
-        warn(f"steps are not recorded as a graph, but run as ever: {self.why}")
-        return
+    learn,device = self.learn,next(self.learn.model.parameters()).device
+    self.task = first(c for c in learn.cbs if type(c) is DrlocCallback)
+    if self._refused(): return
     number = partial(torch.zeros, (), device=device)
     learn.opt.rates = [number(dtype=torch.float64 if device.type=='cpu' else torch.float32) for _ in learn.opt.hypers]
     if self.task: self.task.factor = number()
@@ -166,11 +190,22 @@ def _fill(self:StepGraph):
     if self.task and self.training: self.task.factor.fill_(self.task.weight(self.pct_train))
 
 @patch
+def _other_moments(self:StepGraph):
+    "Has the optimizer got other moments than those that a graph writes to? They are held, or others might get their place"
+    state = self.opt.state
+    found = ([t for t in state[p].values() if isinstance(t, torch.Tensor)] for ps in self.opt.param_lists for p in ps if p in state)
+    was,self.moments = self.moments,next(filter(None, found), [])
+    return any(a is not b for a,b in zip(was, self.moments))
+
+@patch
 def _kind_of_step(self:StepGraph):
-    "All that Python branches on"
+    "What Python may have branched on"
     on = self.training and self.task is not None and self.task.weight(self.pct_train)>0
     settings = tuple(tuple(v for k,v in sorted(h.items()) if k!='lr') for h in self.opt.hypers)
-    return self.training,on,settings,*((t.shape,t.dtype) for t in (*self.xb,*self.yb))
+    self.era += self._other_moments()
+    loss = id(self.loss_func),getattr(self.loss_func, 'reduction', None)
+    state = tuple(m.training for m in self.model.modules()),tuple(p.requires_grad for p in self.model.parameters()),self.era
+    return self.training,on,settings,*((t.shape,t.dtype) for t in (*self.xb,*self.yb)),loss,state
 
 @patch
 def _no_more(self:StepGraph, as_ever):
@@ -189,6 +224,7 @@ def _one(self:StepGraph):
     self._fill()
     kind = self._kind_of_step()
     step = self.steps.setdefault(kind, Replayed(self.warm, self.kind))
+    step.loss = learn.loss_func            # held, or another might get its id
     if len(self.steps)==50 and not step.seen: warn("50 kinds of steps, and only those that come again are recorded: has a schedule changed more than the rate, or does the batch's shape?")
     if step.due and len(self.held)>=self.most: self._no_more(as_ever)
     elif step.due: self._record(kind, step, as_ever)
@@ -197,11 +233,12 @@ def _one(self:StepGraph):
 
 # %% ../nbs/21_step_graph.ipynb #b4bdf02f
 @patch
-def _hand_out(self:StepGraph, out): self.learn.pred,self.learn.loss,self.learn.loss_grad = apply(lambda t: t.detach().clone(), out)
+def _hand_out(self:StepGraph, out): self.learn.pred,self.learn.loss,self.learn.loss_grad = apply(lambda t: t.detach().clone() if isinstance(t, torch.Tensor) else t, out)
 
 @patch
 def _record(self:StepGraph, kind, step, as_ever):
     "Record a step on copies of the batch, whose places stay"
+    if self._refused(): return as_ever()   # by what has been added or changed since the first step
     learn,n = self.learn,len(self.xb)
     batch = tuple(t.as_subclass(torch.Tensor).clone() for t in (*self.xb,*self.yb))
     learn.xb,learn.yb = batch[:n],batch[n:]
