@@ -520,10 +520,23 @@ def test_a_number_of_rounds_that_is_none():
 
 @pytest.mark.parametrize('more,says', [(dict(section='sweep', plan='hybrid'), "unknown plan 'hybrid'; there are: hybrid_s"), (dict(section='quality', plan='hybrid'), "unknown plan 'hybrid'"),
                                        (dict(section='curves', seeds='0'), '--seeds 0: at least two, or nothing tells what chance does'),
-                                       (dict(section='quality', only='no mixin'), "no variation 'no mixin'")])
+                                       (dict(section='quality', only='no mixin'), "no variation 'no mixin'"),
+                                       (dict(section='curves', device='mps'), "--device mps: give 'cuda' or 'cpu'"), (dict(section='cpu', minutes=0.), '--minutes 0.0: give more than 0'),
+                                       (dict(section='sweep', beside=0, epochs=1), '--beside 0: at least one run'), (dict(section='quality', seeds='a,b'), '--seeds a,b: give whole numbers')])
 def test_what_could_only_fail_after_training_is_refused(more, says, tmp_path):
-    with pytest.raises(SystemExit, match=says): bench.main(device='cpu', out=str(tmp_path), **more)
+    with pytest.raises(SystemExit, match=says): bench.main(**{**dict(device='cpu', out=str(tmp_path)), **more})
     assert not list(tmp_path.iterdir())
+
+def test_a_section_without_a_measured_case_leaves_the_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.SECTIONS, 'nothing', lambda *a, **kw: [dict(name='a', error='no memory')])
+    (tmp_path/'nothing.json').write_text('as it was')
+    with pytest.raises(SystemExit, match='no case of nothing was measured'): bench.main(section='nothing', device='cpu', out=str(tmp_path))
+    assert (tmp_path/'nothing.json').read_text()=='as it was' and 'no memory' in capsys.readouterr().out
+
+def test_goals_of_records_with_gaps():
+    assert bench.gpu_goals(dict(rows=[dict(name='2 GPUs', batch=2, block_s=[1.,1.])]))==[]
+    [only] = bench.vt_goals(dict(rows=[dict(model='t2t_vit_14', cudnn=False, batch=128, block_s=[.1,.1], peak_bytes=None)]))
+    assert 'speed' in only['goal']
 
 def test_a_step_as_one_graph_is_the_same_step():
     "Both arms in turns, each with its own recording, from the fourth step on"

@@ -189,9 +189,11 @@ def test_side_task_counts_the_same_fused(h, w, m):
     where = 'cuda' if torch.cuda.is_available() else 'cpu'
     D,B,mlp = 16,2,LocalizationMLP(16, 32).to(where)
     grid,pairs = torch.randn(B, D, h, w, requires_grad=True, device=where),torch.randint(h*w, (B,m,2), device=where)
-    slow,fast = flop(lambda: mlp(gather_pairs(grid, pairs)).sum().backward()),flop(lambda: pair_losses(mlp, grid, pairs).sum().backward())
-    first = 3*2*B*(m*2*D*32)
-    assert fast==slow-(first if h*w<=m else 0)*(1-h*w/m)
+    slow = flop(lambda: mlp(gather_pairs(grid, pairs)).sum().backward())
+    product = 3*2*B*(m*2*D*32)
+    for first in (None,False,True) if h*w<=64 else (None,False):
+        cells = h*w<=m if first is None else first
+        assert flop(lambda: pair_losses(mlp, grid, pairs, first=first).sum().backward())==slow-(product if cells else 0)*(1-h*w/m)
 
 @interpreted
 @pytest.mark.parametrize('h,w,m', [(9,9,6), (4,4,64)])

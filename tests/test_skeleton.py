@@ -211,6 +211,14 @@ def test_d(): pass
     subprocess.run([sys.executable,'-m','pytest','-q','-p','no:cacheprovider',f'--junitxml={tmp_path}/report.xml',str(tmp_path)], capture_output=True)
     assert {t['name'].split('.')[-1]: t['outcome'] for t in gpu_tests.read(tmp_path/'report.xml')} == dict(test_a='passed', test_b='failed', test_c='error', test_d='skipped')
 
+def test_an_interrupted_run_of_gpu_tests_is_no_record(tmp_path, monkeypatch):
+    import gpu_tests, torch
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(gpu_tests, 'record', tmp_path/'gpu_tests.json')
+    monkeypatch.setattr(gpu_tests.subprocess, 'call', lambda cmd, **kw: 2)
+    with pytest.raises(SystemExit, match='pytest ended with 2.*no record was written'): gpu_tests.main()
+    assert not list(tmp_path.iterdir())
+
 def test_what_needs_a_gpu_is_marked():
     "So that `make test-gpu` finds it: nothing is skipped for want of a GPU in any other way"
     for f in sorted(Path(__file__).parent.glob('test_*.py')):

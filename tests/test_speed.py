@@ -225,6 +225,17 @@ def test_compiled_and_eager_gradients_on_a_gpu(name, dtype, tol):
     torch._dynamo.reset()
     for f in (fast, torch.compile(fast, fullgraph=True, dynamic=False)): assert far(half(f, fast), want)<tol
 
+@kernels
+@pytest.mark.parametrize('dim,heads,window', [(48,2,4), (16,2,4), (32,2,12)])
+def test_windows_that_the_kernel_cannot_take(dim, heads, window):
+    "Heads 24 or 8 wide, windows of 144 cells: the old module's steps, and an error for who calls the kernel"
+    torch.manual_seed(0)
+    old = WindowAttention(dim, heads, window).to(device)
+    new,x = deepcopy(old),torch.randn(2, 12, 12, dim, device=device)
+    new.__class__ = FusedWindowAttention
+    assert torch.equal(old(x), new(x))
+    with pytest.raises(ValueError, match='the kernel takes'): window_attention(new.qkv(x), new.bias(), heads, window)
+
 COMPILE = '''
 import triton
 from triton.compiler import ASTSource

@@ -262,6 +262,14 @@ def test_which_comes_first(N, m, D, first):
     assert s._cells_first(N, m, D)==first
 
 @kernels
+@pytest.mark.parametrize('change', ['more images','fewer','three cells','rounded','flat'])
+def test_pairs_of_another_batch(change):
+    "A kernel would read beyond what is there"
+    mlp,grid,pairs = inputs()
+    bad = {'more images': pairs.repeat(2,1,1), 'fewer': pairs[:1], 'three cells': pairs.repeat(1,1,2)[...,:3], 'rounded': pairs.float(), 'flat': pairs[0]}[change]
+    with pytest.raises(ValueError, match=r'do not fit a batch of 2 images.*expected \(2, m, 2\), torch.int64'): pair_losses(mlp, grid, bad)
+
+@kernels
 def test_cells_that_do_not_fit():
     with pytest.raises(ValueError, match='first=True with 72 cells.*leave it out'): pair_losses(*inputs(h=8, w=9), first=True)
 

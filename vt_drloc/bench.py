@@ -399,7 +399,7 @@ def _turns(case, device):
         def before_validate(self): self.start = self.now()
         def after_epoch(self):
             answer,n = dict(train=self.train_s, valid=self.now()-self.start),len(self.dls.train)
-            if not self.epoch: answer = {case.arms[0]: dict(epoch0_s=self.train_s*n, peak_bytes=peak_memory(device), steps=n)}
+            if not self.epoch: answer = {case.arms[0]: dict(epoch0_s=self.train_s*n, peak_bytes=peak_memory(device), steps=n, one_graph=_as_graph(self.learn))}
             if not int(os.environ.get('RANK', 0)): print(json.dumps(answer), flush=True)
     return Turns()
 
@@ -576,7 +576,7 @@ def vt_goals(
         if 'error' in r or r['cudnn']: continue
         speed,gib = _released[r['model']]
         res += [goal(f"{r['model']}, compiled: speed / the released code's", mean_interval([r['batch']/s/speed for s in r['block_s']]), least=2.2),
-                goal(f"{r['model']}, compiled: peak memory in GiB", r['peak_bytes']/2**30, most=gib)]
+                *([goal(f"{r['model']}, compiled: peak memory in GiB", r['peak_bytes']/2**30, most=gib)] if r.get('peak_bytes') else [])]
     return res
 
 # %% ../nbs/22_bench.ipynb #e67106f2
@@ -749,7 +749,7 @@ def gpu_goals(
     "Images a second of several GPUs over those of one"
     s = _per_image(rec)
     least = {'2 GPUs':1.9, '2 GPUs, one batch of 512':1.9, '4 GPUs':3.6}
-    return [goal(f'speed of {n} / one GPU', ratio(s['one GPU'], s[n]), least=o) for n,o in least.items() if n in s]
+    return [goal(f'speed of {n} / one GPU', ratio(s['one GPU'], s[n]), least=o) for n,o in least.items() if n in s and 'one GPU' in s]
 
 SECTIONS['gpus'] = gpu_rows
 
@@ -951,12 +951,18 @@ def epochs_in(
     return max(1, int(60*minutes/(1.04*epoch_s)))
 
 # %% ../nbs/22_bench.ipynb #7420c791
+def _as_graph(learn):
+    "What came of recording the step as one graph: how many kinds were, or why none; `None` where nobody asked"
+    return learn.step_graph.told if hasattr(learn, 'step_graph') else None
+
 def _fit(recipe, device, path, rec, file=None):
     "Train a recipe under the clock"
     from vt_drloc.train import build
     learn = build(recipe, device=device, bar=False, **(dict(path=path) if path else {}))
     rec.update(epochs=[], params=sum(p.numel() for p in learn.model.parameters()), n_train=learn.dls.info['n_train'], n_valid=learn.dls.info['n_valid'])
     with learn.no_logging(): learn.fit(recipe.epochs, recipe.lr, cbs=_clock(rec, file, device))
+    rec['one_graph'] = _as_graph(learn)
+    if file: write_json(file, rec)
     return rec
 
 # %% ../nbs/22_bench.ipynb #4fd63bcd
@@ -1117,6 +1123,17 @@ def _work(job, device):
     if job.get('kind')=='plan': return run_plan(**{k:v for k,v in job.items() if k!='kind'})
     return _worker(Case(**job), device)
 
+def _in_order(device, minutes, beside):
+    "Refuse what no section can run with"
+    if device not in ('cuda','cpu'): raise ValueError(f"--device {device}: give 'cuda' or 'cpu'; which GPUs there are says CUDA_VISIBLE_DEVICES")
+    if not minutes>0: raise ValueError(f"--minutes {minutes}: give more than 0")
+    if beside<1: raise ValueError(f"--beside {beside}: at least one run at a time")
+
+def _seeds(text):
+    "Seeds from a list with commas"
+    try: return tuple(int(o) for o in text.split(','))
+    except ValueError: raise ValueError(f"--seeds {text}: give whole numbers with commas between them, such as 0,1,2")
+
 def _run_section(section, device, rounds, minutes, **more):
     "The record of a section"
     if rounds<0 or rounds==1: raise ValueError(f"--rounds {rounds}: at least 2, since one has no interval, or 0 for the section's own number")
@@ -1147,8 +1164,13 @@ def main(
     if worker: return _work(worker, device)
     if section not in SECTIONS: sys.exit(f"vt_drloc.bench: unknown section {section!r}; there are: {', '.join(SECTIONS)}")
     if device=='cuda' and not torch.cuda.is_available(): sys.exit("vt_drloc.bench: no GPU; the sections are made for an H200 (--device cpu tries the program out)")
-    try: rec = _run_section(section, device, rounds, minutes, path=path, plan=plan, seeds=tuple(map(int, seeds.split(','))), only=only, epochs=epochs, beside=beside, out=out)
+    try:
+        _in_order(device, minutes, beside)
+        rec = _run_section(section, device, rounds, minutes, path=path, plan=plan, seeds=_seeds(seeds), only=only, epochs=epochs, beside=beside, out=out)
     except (ValueError, RuntimeError) as e: sys.exit(f'vt_drloc.bench: {e}')
+    if rec['rows'] and all('error' in r for r in rec['rows']):
+        _report(rec)
+        sys.exit(f'vt_drloc.bench: no case of {section} was measured; a record of an earlier run is as it was')
     name = f'sweep-{plan}' + '-minutes'*(not epochs) if section=='sweep' else section
     if section!='quality': write_json(Path(out)/f'{name}.json', rec)        # its runs have written theirs
     _report(rec)

@@ -148,13 +148,12 @@ def _window_flop(qkv, bias, heads, s, *_, **kw): return 4*qkv[0]*qkv[1]*qkv[2]*s
 def _window_back_flop(qkv, bias, dout, heads, s, *_, **kw): return 2*_window_flop(qkv, bias, heads, s)
 
 @_formula(torch.ops.vt_drloc.pair_losses)
-def _pairs_flop(tokens, pairs, w1, b1, w2, b2, prefix, *_, **kw):
+def _pairs_flop(tokens, pairs, w1, b1, w2, b2, prefix, *more, **kw):
     (B,T,D),m,H = tokens,pairs[1],w1[0]
-    first = 2*D*H*(T if T-prefix<=min(64, m) else m)   # cells or pairs first, as the kernels choose
-    return 2*B*(first + m*H*2)
+    return 2*B*(2*D*H*(T if more[-1] else m) + m*H*2)  # cells or pairs first, as the operation was told
 
 @_formula(torch.ops.vt_drloc.pair_losses_backward)
-def _pairs_back_flop(tokens, pairs, w1, b1, w2, pre, sign, x, derror, prefix, *_, **kw): return 2*_pairs_flop(tokens, pairs, w1, b1, w2, None, prefix)
+def _pairs_back_flop(tokens, pairs, w1, b1, w2, pre, sign, x, derror, prefix, *more, **kw): return 2*_pairs_flop(tokens, pairs, w1, b1, w2, None, prefix, *more)
 
 # %% ../nbs/22_profile.ipynb #915e6c00
 def count_work(

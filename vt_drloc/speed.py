@@ -150,6 +150,8 @@ def _head_dim(D, heads):
     if D%(3*heads): raise ValueError(f"{D} numbers a cell are not q, k and v of {heads} heads: give 3 x heads x d")
     return D//heads//3
 
+_most,_widths = 64,(16,32,64,128) # cells of a window, and numbers a head, that the kernel takes
+
 def window_attention(
     qkv:torch.Tensor, # (B, h, w, 3D): queries, keys and values side by side, where they lie
     bias:torch.Tensor, # (heads, s^2, s^2) added to the similarities
@@ -161,7 +163,8 @@ def window_attention(
     H,W,D = qkv.shape[1:]
     _can_run(qkv, 'WindowAttention')
     if H%s or W%s: raise ValueError(f"grid {H} x {W}: it does not divide into windows of {s} x {s}; pad it first")
-    _head_dim(D, heads)
+    if s*s>_most: raise ValueError(f"windows of {s} x {s}: the kernel takes up to {_most} cells; use WindowAttention")
+    if (d := _head_dim(D, heads)) not in _widths: raise ValueError(f"heads are {d} wide: the kernel takes {', '.join(map(str, _widths))}; use WindowAttention")
     if bias.shape!=(heads,s*s,s*s): raise ValueError(f"bias is {tuple(bias.shape)}, wanted ({heads}, {s*s}, {s*s})")
     return _attention(qkv, bias, heads, s, s*s, *shift)
 
@@ -170,13 +173,11 @@ class FusedWindowAttention(WindowAttention):
     "`WindowAttention` in one kernel where it can be: (B, h, w, D) -> (B, h, w, D)"
     def forward(self, x):
         (h,w),s = x.shape[1:3],self.window
-        if h%s or w%s or not can_fuse(x): return super().forward(x)
+        if h%s or w%s or s*s>_most or x.shape[-1]//self.heads not in _widths or not can_fuse(x): return super().forward(x)
         shift = tuple(self.shift if n>s else 0 for n in (h,w))
         return self.proj(window_attention(self.qkv(x), self.bias(), self.heads, s, shift))
 
 # %% ../nbs/21_speed.ipynb #5b0e0002
-_most,_widths = 64,(16,32,64,128)
-
 def short_attention(
     qkv:torch.Tensor, # (B, N, 3D): q, k and v side by side; N at most 64
     heads:int, # Heads, D/heads wide: 16, 32, 64 or 128

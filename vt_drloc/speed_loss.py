@@ -318,16 +318,22 @@ def _check_tokens(tokens, grid):
         raise ValueError(f"tokens {shape}, {tokens.dtype}, on {tokens.device} do not hold a grid {tuple(grid.shape)}, {grid.dtype}, on {grid.device}; "
                          f"hand in the tokens it was cut from, ({B}, prefix + {h*w}, {D}), or none")
 
+def _check_pairs(pairs, grid):
+    "Refuse pairs of another batch: a kernel would read beyond what is there"
+    if pairs.ndim!=3 or pairs.shape[0]!=len(grid) or pairs.shape[2]!=2 or pairs.dtype!=torch.int64 or pairs.device!=grid.device:
+        raise ValueError(f"pairs of shape {tuple(pairs.shape)}, {pairs.dtype}, on {pairs.device} do not fit a batch of {len(grid)} images on {grid.device}; expected ({len(grid)}, m, 2), torch.int64")
+
 def pair_losses(
     mlp:nn.Module, # A localization MLP in float32
     grid:torch.Tensor, # (B, D, h, w) embeddings
     pairs:torch.Tensor, # (B, m, 2) flat cell indices; one outside the grid gives NaN
     tokens:torch.Tensor=None, # (B, prefix + hw, D), whose last hw are the grid's cells row by row; None: there is the grid alone
-    first:bool=None, # Multiply the cells before they are looked up (at most 64 of them), or the pairs after; None: what is faster
+    first:bool=None, # Multiply the cells before they are looked up (at most 64 of them), or the pairs after; None: by the rule of this page
 )->torch.Tensor: # (B, m) |d_u - t_u| + |d_v - t_v|, in units of the grid's height and width
     "What Eq. 2 adds up, for every pair, in a few kernels"
     if not fits(mlp, grid): raise ValueError(f"grid {grid.dtype} on {grid.device}, {type(mlp).__name__}: the kernels need a float32 localization MLP of two layers whose hidden "
         "width is a multiple of 16, a float32 or bfloat16 grid, and a GPU with Triton or Triton's interpreter; use predict_pairs and l1_drloc")
+    _check_pairs(pairs, grid)
     if tokens is None: tokens = to_tokens(grid)
     else: _check_tokens(tokens, grid)
     (l1,_,l2),(D,h,w) = mlp,grid.shape[1:]
