@@ -1,6 +1,6 @@
 "What attention looks at"
-import json, math
-import pytest, torch
+import json, math, warnings
+import pytest, timm, torch, torchvision
 from torch import nn
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -67,7 +67,53 @@ def test_every_network_of_the_project(name):
         assert len(s['distance']) == len(s['image']) == getattr(m, 'heads', 1)
         assert all(0 <= o <= 1.0001 for k in ('entropy','image') for o in s[k]) and all(math.isfinite(o) for k in ('distance','even') for o in s[k])
 
-def test_resnet_has_none(): assert attention_stats(create_model('resnet_mini', 10), torch.randn(2, 3, 32, 32)) == []
+def test_resnet_has_none():
+    "No attention, no warning: runs of such networks ask too"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert attention_stats(create_model('resnet_mini', 10), torch.randn(2, 3, 32, 32)) == []
+
+def deaf(name):
+    if name=='timm Swin': return timm.create_model('swin_tiny_patch4_window7_224', num_classes=3, depths=(1,1,1,1))
+    if name=='torchvision ViT': return torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32)
+    return torchvision.models.SwinTransformer([4,4], 24, [1,1], [1,2], [4,4], num_classes=3)
+
+@pytest.mark.parametrize('name,kind', [('timm Swin','WindowAttention'), ('torchvision ViT','MultiheadAttention'), ('torchvision Swin','ShiftedWindowAttention')])
+def test_attention_that_is_not_heard_is_told(name, kind):
+    "The chapter names them; the warning says what it could not hear, and points at the caller"
+    with pytest.warns(UserWarning, match=f'no attention was heard, though the network has .*{kind}') as said:
+        assert attention_stats(deaf(name), torch.randn(2, 3, *[224 if name=='timm Swin' else 32]*2)) == []
+    assert [o.filename for o in said if 'no attention' in str(o.message)] == [__file__]
+
+def test_the_remedy_for_timm():
+    "With its fused function, timm's Swin is heard"
+    from timm.layers import config
+    was = config._USE_FUSED_ATTN
+    timm.layers.set_fused_attn(True, experimental=True)
+    try: assert len(attention_stats(deaf('timm Swin'), torch.randn(2, 3, 224, 224))) == 4
+    finally: config._USE_FUSED_ATTN = was
+
+def test_nothing_to_draw():
+    "A network of which nothing was heard is named, instead of an error in a mean or an axis"
+    one = dict(block='b', distance=[1.], even=[1.], entropy=[1.], image=[0.])
+    with pytest.raises(ValueError, match='^ResNet: no attention was heard'): plot_stats({'ViT': [one], 'ResNet': []})
+    with pytest.raises(ValueError, match='no network'): plot_stats({})
+
+@pytest.mark.parametrize('name,size', [('demo_cvt',(16,64)), ('vit_mini',(32,128))])
+def test_images_that_are_not_square_are_refused(name, size):
+    "4 x 16 cells are as many as 8 x 8, and would be measured as those"
+    with pytest.raises(ValueError, match=f'{size[0]} x {size[1]} pixels.*squares'): attention_stats(create_model(name, 10, img_size=size), torch.randn(2, 3, *size))
+
+def test_each_module_keeps_its_own_mode():
+    "Frozen BatchNorms stay frozen, also after an error"
+    net = create_model('cvt_mini', 10).train()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.eval()
+    modes = [m.training for m in net.modules()]
+    attention_stats(net, torch.randn(2, 3, 32, 32))
+    assert [m.training for m in net.modules()] == modes and True in modes and False in modes
+    with pytest.raises(Exception): attention_stats(net, torch.randn(2, 5, 32, 32))
+    assert [m.training for m in net.modules()] == modes
 
 def test_uniform_attention_has_entropy_one_and_the_even_distance():
     net = vit_mini(10)

@@ -17,7 +17,7 @@ from fastcore.script import call_parse
 from fastai.data.core import DataLoaders
 from fastai.vision.core import PILImage, imagenet_stats
 from .data import DataError, get_dls, load_rgb, open_data, CropMiddle
-from .models import load_model, model_info, read_header
+from .models import in_evaluation, load_model, model_info, read_header
 
 # %% ../nbs/17_evaluate.ipynb #6310712b
 @torch.no_grad()
@@ -26,32 +26,45 @@ def score(
     dl, # batches of images and labels, such as `dls.valid`
 )->dict: # accuracy (0 to 1), loss (mean cross-entropy), n (images)
     "Accuracy and loss over all images of a loader, in float32"
-    was,right,loss,n = model.training,0,0.,0
-    model.eval()
-    try:
+    right,loss,n = 0,0.,0
+    with in_evaluation(model):
         for x,y in dl:
             x,y = x.as_subclass(torch.Tensor),y.as_subclass(torch.Tensor)
             logits = model(x).float()
             right,n = right+(logits.argmax(-1)==y).sum(),n+len(y)
             loss = loss+F.cross_entropy(logits.double(), y, reduction='sum')
-    finally: model.train(was)
     return dict(accuracy=right.item()/n, loss=loss.item()/n, n=n)
 
 # %% ../nbs/17_evaluate.ipynb #618c0c5b
+def _hw(size): return tuple(size) if isinstance(size, (list,tuple)) else (size,size)
+
 def _size(head):
     "(H, W) that a checkpoint's images have"
     r = head.get('recipe') or {}
-    s = head.get('size') or r.get('size') or head['args'].get('img_size') or model_info(head['model']).size
-    return tuple(s) if isinstance(s, (list,tuple)) else (s,s)
+    return _hw(head.get('size') or r.get('size') or head['args'].get('img_size') or model_info(head['model']).size)
 
 # %% ../nbs/17_evaluate.ipynb #186b9075
+def _read(f):
+    "A run record, or a clear error"
+    try: rec = json.loads(f.read_text())
+    except ValueError as e: raise DataError(f"{f} is damaged ({e}): copy it again, or move it away to score the weights without a record") from e
+    if not isinstance(rec, dict): raise DataError(f"{f} is no run record, it holds a {type(rec).__name__}: move it away to score the weights without one")
+    return rec
+
 def find_record(
     file # weights
 )->dict: # the run record, or `None`
     "The run record that belongs to a file of weights"
     file = Path(file)
     for f in file.with_suffix('.json'), file.parent.parent/'runs'/f'{file.stem}.json':
-        if f.exists(): return json.loads(f.read_text())
+        if f.exists(): return _read(f)
+
+# %% ../nbs/17_evaluate.ipynb #22d9d588
+def _stated(rec, head, n):
+    "The accuracy that a record states for these weights on n images, or `None`"
+    if not rec or (rec.get('data') or {}).get('n_valid')!=n: return None
+    if 'epoch' not in head: return (rec.get('final') or {}).get('accuracy')
+    return next((e.get('accuracy') for e in rec.get('epochs') or [] if e.get('epoch')==head['epoch']), None)
 
 # %% ../nbs/17_evaluate.ipynb #059b5286
 def images_for(
@@ -71,6 +84,14 @@ def images_for(
     return get_dls(data, bs=max(1, min(bs, n_train)), size=_size(head), device=device, heldout=heldout, path=path)
 
 # %% ../nbs/17_evaluate.ipynb #babb7a51
+def _same_classes(file, head, dls):
+    "Refuse images whose classes are not those of the outputs, or come in another order"
+    n_out = head['args'].get('num_classes')
+    if n_out!=dls.c: raise DataError(f"{file} tells {n_out} classes apart, {dls.info.name} has {dls.c}: name the data set it was trained on")
+    names = getattr(dls.train.dataset, 'vocab', None) or getattr(dls, 'vocab', None) or []
+    for i,(own,name) in enumerate(zip(head.get('vocab') or [], names)):
+        if str(own)!=str(name): raise DataError(f"output {i} of {file} is {str(own)!r}, class {i} of {dls.info.name} is {str(name)!r}: name the data set it was trained on, or give the class folders the names that they had there")
+
 def check_record(
     file, # weights, as `vt_drloc_train` leaves them
     data=None, # data set or folder; `None`: the one it was trained on
@@ -79,21 +100,20 @@ def check_record(
     "Score a checkpoint again and put its record beside it"
     head = read_header(file)
     model,dls = load_model(file),images_for(head, data, **kwargs)
-    n_out = head['args'].get('num_classes')
-    if n_out!=dls.c: raise DataError(f"{file} tells {n_out} classes apart, {dls.info.name} has {dls.c}: name the data set it was trained on")
-    res = score(model.to(dls.device), dls.valid)
+    _same_classes(file, head, dls)
     rec = find_record(file) if data in (None, (head.get('recipe') or {}).get('data')) else None
-    same = rec and rec['data']['n_valid']==res['n']
-    return dict(data=dls.info.name, **res, record=rec['final']['accuracy'] if same else None)
+    res = score(model.to(dls.device), dls.valid)
+    return dict(data=dls.info.name, **res, record=_stated(rec, head, res['n']))
 
 # %% ../nbs/17_evaluate.ipynb #81060604
 def prepare(
     photo, # file or PIL image
-    size:tuple, # (H, W) in pixels
+    size:int|tuple, # side, or (H, W), in pixels
 )->torch.Tensor: # (1, 3, H, W), normalised
     "A photo as the test images are prepared"
     from PIL import ImageOps, Image
-    im = load_rgb(photo) if isinstance(photo, (str,Path)) else photo.convert('RGB')
+    size = _hw(size)
+    im = ImageOps.exif_transpose(load_rgb(photo) if isinstance(photo, (str,Path)) else photo).convert('RGB')
     if max(size)<=64: im = ImageOps.fit(im, size[::-1], Image.Resampling.BICUBIC)
     else: im = CropMiddle(size).encodes(PILImage(im))
     x = torch.from_numpy(np.array(im)).permute(2,0,1)[None]/255
@@ -106,11 +126,11 @@ def name_photo(
     model:nn.Module, # from `load_model`
     photo, # file or PIL image
     vocab:list, # class names, in the order of the outputs
-    size:tuple=(32,32), # (H, W) the network was trained at
+    size:int|tuple=32, # side, or (H, W), that the network was trained at
     top:int=3, # how many classes
 )->list: # (class, softmax) pairs, best first
     "What the network takes a photo for"
-    p = model.eval()(prepare(photo, size).to(next(model.parameters()))).softmax(-1)[0]
+    with in_evaluation(model): p = model(prepare(photo, size).to(next(model.parameters()))).softmax(-1)[0]
     if len(p)!=len(vocab): raise ValueError(f"{len(vocab)} class names for {len(p)} outputs: pass the vocabulary of the training data")
     v,i = p.topk(min(top, len(p)))
     return [(vocab[j],q) for j,q in zip(i.tolist(), v.tolist())]
@@ -145,5 +165,5 @@ def eval_main(
         res = check_record(file, data, path=path, heldout=heldout, bs=bs, device=device)
     except (ValueError, RuntimeError, OSError) as e: sys.exit(f'vt_drloc_eval: {e}')
     print(f"{res['data']}: {100*res['accuracy']:.2f} % of {res['n']:,} images right, cross-entropy {res['loss']:.4f}")
-    print('no record of this checkpoint on these images was found' if res['record'] is None else
+    print('nothing to compare with: no record states the accuracy of these weights on these images' if res['record'] is None else
           f"its record says {100*res['record']:.2f} %, a difference of {round(100*(res['accuracy']-res['record']), 2)+0.:+.2f}")

@@ -8,13 +8,14 @@ Docs: https://SET_ME.github.io/vt_drloc/looks.html.md"""
 __all__ = ['weights', 'overhear', 'cell_distances', 'head_stats', 'attention_stats', 'stats_table', 'plot_stats']
 
 # %% ../nbs/16_looks.ipynb #3d3bd829
-import math
+import math, warnings
 from contextlib import contextmanager
 from types import MethodType
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from .attention import Attention
+from .models import in_evaluation
 from .swin import WindowAttention
 
 # %% ../nbs/16_looks.ipynb #a6bc15ea
@@ -95,23 +96,28 @@ def head_stats(
     return dict(distance=far(w), even=far(may.float()), entropy=entropy, image=say)
 
 # %% ../nbs/16_looks.ipynb #f76c7a21
+def _warn_if_deaf(model):
+    "Nothing was heard: say so where there seems to be attention"
+    kinds = sorted({k for k in (type(m).__name__ for m in model.modules()) if 'attention' in k.lower() or 'attn' in k.lower()})
+    if kinds: warnings.warn(f"no attention was heard, though the network has {', '.join(kinds)}: only calls of F.scaled_dot_product_attention are heard. "
+                            "For networks of timm, call timm.layers.set_fused_attn(True, experimental=True) before they are made", stacklevel=4)
+
 @torch.no_grad()
 def attention_stats(
     model:nn.Module, # Any network that `overhear` can hear
     x:torch.Tensor, # (B, C, H, W) normalised square images
     part:int=16, # Images at a time
-)->list: # One dict a block: its name, and of each head `distance`, `even`, `entropy`, `image`
+)->list: # One dict a block that was heard: its name, and of each head `distance`, `even`, `entropy`, `image`
     "What its attention looks at, by block and head"
     if len(x)<2: raise ValueError(f"{len(x)} image: the say of the image is a comparison, give two or more")
-    found,was,share = {},model.training,1.
+    if x.shape[-2]!=x.shape[-1]: raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels: positions are those on a square grid, crop or resize them to squares")
+    found,share = {},1.
     def note(name, m, q, key, mask, scale):
         s = head_stats(*weights(q, key, mask, scale), getattr(m, 'heads', None) or getattr(m, 'num_heads', 1))
         for k,v in s.items(): found.setdefault(name, {}).setdefault(k, []).append(v*share)
-    model.eval()
-    try:
-        with overhear(model, note):
-            for o in x.tensor_split(max(1, min(len(x)//2, -(-len(x)//part)))): share = len(o)/len(x); model(o)
-    finally: model.train(was)
+    with in_evaluation(model), overhear(model, note):
+        for o in x.tensor_split(max(1, min(len(x)//2, -(-len(x)//part)))): share = len(o)/len(x); model(o)
+    if not found: _warn_if_deaf(model)
     return [dict(block=name, **{k: [round(o, 4) for o in torch.stack(v).sum(0).tolist()] for k,v in s.items()}) for name,s in found.items()]
 
 # %% ../nbs/16_looks.ipynb #2de605c4
@@ -130,6 +136,8 @@ def plot_stats(
     "By block: how far, how sharply, and the say of the image; a dot a head, a line through their means"
     import matplotlib.pyplot as plt
     from vt_drloc.plots import PALETTE
+    if not stats: raise ValueError("no network: give a dict of what `attention_stats` gave, by name")
+    if deaf := [k for k,s in stats.items() if not s]: raise ValueError(f"{', '.join(deaf)}: no attention was heard there, so there is nothing to draw; leave it out")
     axs = plt.subplots(1, 3, figsize=(7.1, 2.9), layout='constrained')[1]
     words = dict(distance='distance (cells)', entropy='entropy (1: all alike)', image='say of the image')
     for ax,(what,label) in zip(axs, words.items()):
