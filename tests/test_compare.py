@@ -247,18 +247,22 @@ def test_what_a_gpu_is_called(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: f'GPU {device}')
     assert [compare.device_name(d) for d in ('cpu', torch.device('cpu'), 'cuda:1')] == ['CPU','CPU','GPU cuda:1']
 
-@pytest.mark.parametrize('state', ['clean','dirty','outside'])
+@pytest.mark.parametrize('state', ['clean','dirty','outside','ignored','untracked'])
 def test_revision(state, tmp_path, monkeypatch):
-    "That of the folder where the code lies, whatever the working directory is"
+    "That of the folder where the code lies, whatever the working directory is; none, if it lies in a repository that is not its own"
     monkeypatch.delenv('VT_DRLOC_REVISION', raising=False)
     file = tmp_path/'vt_drloc'/'compare.py'
     file.parent.mkdir()
     file.write_text('')
     monkeypatch.setattr(compare, '__file__', str(file))
     def git(*args): return subprocess.run(['git','-c','user.name=a','-c','user.email=a@b.example',*args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
-    if state!='outside': git('init','-q'); git('add','.'); git('commit','-qm','a')
+    if state=='ignored': (tmp_path/'.gitignore').write_text('vt_drloc')
+    if state!='outside': git('init','-q'); git('add','.gitignore' if state=='ignored' else '.'); git('commit','-qm','a')
+    if state=='untracked': git('rm','-q','--cached','vt_drloc/compare.py'); git('commit','-qm','b','--allow-empty')
     if state=='dirty': file.write_text('x = 1')
-    assert compare.git_revision() == dict(clean=lambda: git('rev-parse','HEAD'), dirty=lambda: git('rev-parse','HEAD')+'-dirty', outside=lambda: 'unknown')[state]()
+    assert compare.git_revision() == dict(clean=lambda: git('rev-parse','HEAD'), dirty=lambda: git('rev-parse','HEAD')+'-dirty').get(state, lambda: 'unknown')()
+    monkeypatch.setenv('VT_DRLOC_REVISION', 'said')
+    assert compare.git_revision() == 'said'
 
 def test_a_record_of_other_circumstances_is_not_mixed(tmp_path):
     "Another revision in the file: an error that names what changed; a foreign file: one that says so"

@@ -376,11 +376,14 @@ def cases(
     return [g for g in [*eager, *full, *compiled, *(rest if more else [])] if g]
 
 # %% ../nbs/18_compare.ipynb #056afe9c
-def git_revision()->str: # 'unknown' outside a repository
+def git_revision()->str: # 'unknown' where git does not track this file
     "Commit of the code that runs, with `-dirty` if files differ from it"
     if os.environ.get('VT_DRLOC_REVISION'): return os.environ['VT_DRLOC_REVISION']
-    def git(*args): return subprocess.run(['git','-C',str(Path(__file__).parent),*args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('rev-parse','HEAD') + ('-dirty' if git('status','--porcelain','--untracked-files=no','.') else '')
+    file = Path(__file__)
+    def git(*args): return subprocess.run(['git','-C',str(file.parent),*args], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        git('ls-files','--error-unmatch',file.name)
+        return git('rev-parse','HEAD') + ('-dirty' if git('status','--porcelain','--untracked-files=no','.') else '')
     except (OSError, subprocess.CalledProcessError): return 'unknown'
 
 def device_name(
