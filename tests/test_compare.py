@@ -37,13 +37,57 @@ def test_attention_by_hand(masked):
     assert multiply_adds(m, 8) == dict(conv=0, linear=64*3*24, attention=2*64*64*8)
     assert activations(m, 8) == dict(conv=0, linear=64*24, attention=64*8)
 
-def test_counting_leaves_the_model_as_it_was():
-    "Mode, BatchNorm statistics and gradients are untouched"
+@pytest.mark.parametrize('look', [multiply_adds, activations, final_grid, reach])
+def test_looking_leaves_the_model_as_it_was(look):
+    "Each module's mode (a frozen BatchNorm stays frozen), weights, their type and gradients, BatchNorm statistics, PyTorch's shortcut"
     m = create_model('resnet_mini').train()
-    before = {k:v.clone() for k,v in m.state_dict().items()}
-    multiply_adds(m, 32), activations(m, 32)
-    assert m.training and all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
-    assert all(p.grad is None for p in m.parameters())
+    frozen = next(o for o in m.modules() if isinstance(o, nn.BatchNorm2d)).eval()
+    frozen.weight.requires_grad_(False)
+    state = lambda: [(o.training,) for o in m.modules()] + [(p.requires_grad,p.dtype,p.grad) for p in m.parameters()]
+    before,said = {k:v.clone() for k,v in m.state_dict().items()},state()
+    look(m, 32)
+    assert state() == said and not frozen.training and torch.backends.mha.get_fastpath_enabled()
+    assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+
+def test_an_error_leaves_the_model_as_it_was_too():
+    "An image that does not fit: the modes and PyTorch's shortcut come back"
+    m = create_model('swin_mini').train()
+    for look in (multiply_adds, activations, final_grid):
+        with pytest.raises(ValueError): look(m, 33)
+    assert all(o.training for o in m.modules()) and torch.backends.mha.get_fastpath_enabled()
+
+def test_looking_follows_the_model():
+    "The image is made where the model is, and in its precision"
+    with torch.device('meta'): m = create_model('demo_cvt')
+    assert final_grid(m, 32).device.type == reach(m, 32).device.type == 'meta'
+    assert final_grid(create_model('demo_cvt').double(), 32).dtype == torch.double
+    assert reach(create_model('demo_cvt').bfloat16(), 32).any()
+    assert reach(torch.compile(create_model('demo_cvt'), backend='eager'), 32).any()
+
+def test_pytorchs_own_attention_costs_what_ours_does():
+    "torchvision's ViT is made of nn.MultiheadAttention, which takes a shortcut in evaluation"
+    from torchvision.models import VisionTransformer
+    from vt_drloc.vit import ViT
+    theirs,ours = VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10),ViT(img_size=32, patch=8, dim=64, depth=2, heads=4, ratio=2)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    assert multiply_adds(theirs, 32) == multiply_adds(ours, 32) and activations(theirs, 32) == activations(ours, 32)
+
+class Cross(nn.Module):
+    "64 pixels ask four tokens: queries, keys and values of different numbers and widths"
+    def __init__(self): super().__init__(); self.attn = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True)
+    def forward(self, x): return self.attn(F.pad(x.flatten(2).mT, (0,5)), x.new_zeros(1, 4, 6), x.new_zeros(1, 4, 5))[0]
+
+class Layer(nn.Module):
+    "PyTorch's whole transformer layer on 64 pixels"
+    def __init__(self): super().__init__(); self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    def forward(self, x): return self.layer(F.pad(x.flatten(2).mT, (0,5)))
+
+def test_pytorchs_own_attention_by_hand():
+    "Projections of queries, keys, values and of what comes out; both products; written: their outputs, and attention's once"
+    assert multiply_adds(Cross(), 8) == dict(conv=0, linear=64*8*8 + 4*6*8 + 4*5*8 + 64*8*8, attention=2*64*4*8)
+    assert activations(Cross(), 8) == dict(conv=0, linear=64*8 + 4*8 + 4*8 + 64*8, attention=64*8)
+    assert multiply_adds(Layer(), 8) == dict(conv=0, linear=64*(4*8*8 + 2*8*16), attention=2*64*64*8)
+    assert activations(Layer(), 8) == dict(conv=0, linear=64*(4*8 + 16 + 8), attention=64*8)
 
 theirs = dict(swin_t=lambda: compare._torchvision('swin_t', 1000), resnet50=lambda: compare._torchvision('resnet50', 1000),
               cvt_13=lambda: compare._transformers_cvt('cvt-13', 1000), vit_base_16=lambda: compare._timm('vit_base_patch16_224', 1000))
@@ -203,18 +247,22 @@ def test_what_a_gpu_is_called(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: f'GPU {device}')
     assert [compare.device_name(d) for d in ('cpu', torch.device('cpu'), 'cuda:1')] == ['CPU','CPU','GPU cuda:1']
 
-@pytest.mark.parametrize('state', ['clean','dirty','outside'])
+@pytest.mark.parametrize('state', ['clean','dirty','outside','ignored','untracked'])
 def test_revision(state, tmp_path, monkeypatch):
-    "That of the folder where the code lies, whatever the working directory is"
+    "That of the folder where the code lies, whatever the working directory is; none, if it lies in a repository that is not its own"
     monkeypatch.delenv('VT_DRLOC_REVISION', raising=False)
     file = tmp_path/'vt_drloc'/'compare.py'
     file.parent.mkdir()
     file.write_text('')
     monkeypatch.setattr(compare, '__file__', str(file))
     def git(*args): return subprocess.run(['git','-c','user.name=a','-c','user.email=a@b.example',*args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
-    if state!='outside': git('init','-q'); git('add','.'); git('commit','-qm','a')
+    if state=='ignored': (tmp_path/'.gitignore').write_text('vt_drloc')
+    if state!='outside': git('init','-q'); git('add','.gitignore' if state=='ignored' else '.'); git('commit','-qm','a')
+    if state=='untracked': git('rm','-q','--cached','vt_drloc/compare.py'); git('commit','-qm','b','--allow-empty')
     if state=='dirty': file.write_text('x = 1')
-    assert compare.git_revision() == dict(clean=lambda: git('rev-parse','HEAD'), dirty=lambda: git('rev-parse','HEAD')+'-dirty', outside=lambda: 'unknown')[state]()
+    assert compare.git_revision() == dict(clean=lambda: git('rev-parse','HEAD'), dirty=lambda: git('rev-parse','HEAD')+'-dirty').get(state, lambda: 'unknown')()
+    monkeypatch.setenv('VT_DRLOC_REVISION', 'said')
+    assert compare.git_revision() == 'said'
 
 def test_a_record_of_other_circumstances_is_not_mixed(tmp_path):
     "Another revision in the file: an error that names what changed; a foreign file: one that says so"

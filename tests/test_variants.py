@@ -607,6 +607,40 @@ def test_released_takes_swins_grid_before_its_last_norm():
     assert torch.equal(grid(where(preset='released')).permute(0,2,3,1), before) and torch.equal(grid(where()).permute(0,2,3,1), swin.norm(before).detach())
     assert not torch.allclose(grid('layers'), grid(None))
 
+def test_released_takes_any_swins_grid_before_its_last_norm():
+    "timm's, torchvision's, compiled, parallel or inside fastai's body; the norm of the tapped grid is the final grid"
+    import timm, torchvision
+    from fastai.vision.learner import TimmBody
+    from vt_drloc.hybrid import as_backbone
+    from vt_drloc.swin import swin_mini
+    where = lambda m, **kw: drloc_callback(preset='released', model=m, **kw).where
+    small = dict(depths=(1,1), num_heads=(1,1), embed_dim=8)
+    ours,theirs = swin_mini(10),timm.create_model('swin_tiny_patch4_window7_224', img_size=56, num_classes=2, **small)
+    tv = torchvision.models.SwinTransformer([4,4], 8, [1,1], [1,1], [7,7], num_classes=2)
+    v2 = timm.create_model('swinv2_tiny_window8_256', img_size=64, num_classes=2, **small)
+    assert where(torch.compile(ours)) == where(nn.DataParallel(ours)) == where(nn.DataParallel(torch.compile(ours))) == 'layers'
+    for m,want,hw in ((theirs,'layers',(56,56)), (tv,'features',(56,56)), (tv,'features',(56,112)), (v2,'layers',(64,64))):
+        assert where(m) == want and where(m, swin_norm=True) is None and where(m, tap='norm') == 'norm'
+        x,final,tapped = torch.randn(2, 3, *hw),as_backbone(m.eval()),as_backbone(m, where(m))
+        with torch.no_grad(): a,b = (o.grid(o.forward_features(x), hw) for o in (final,tapped))
+        assert a.shape == b.shape == (2,16,hw[0]//8,hw[1]//8) and not torch.allclose(a, b)
+        torch.testing.assert_close(m.norm(b.permute(0,2,3,1)).permute(0,3,1,2), a)
+    inside = nn.Sequential(TimmBody(theirs), nn.Flatten(), nn.LazyLinear(2))
+    assert as_backbone(inside, where(inside)).tap == (theirs.layers,'forward')
+
+def test_released_asks_where_an_unknown_swin_has_its_norm():
+    "Of another build: an error that names it and both ways out"
+    class SwinOther(nn.Module):
+        def __init__(self): super().__init__(); self.stages,self.norm = nn.Sequential(nn.Conv2d(3, 8, 4, 4)),nn.Identity()
+    with pytest.raises(ValueError, match="SwinOther.*tap='...'.*swin_norm=True"): drloc_callback(preset='released', model=SwinOther())
+    assert drloc_callback(preset='released', model=SwinOther(), tap='stages').where == 'stages'
+    assert drloc_callback(preset='released', model=SwinOther(), swin_norm=True).where is drloc_callback(model=SwinOther()).where is None
+
+def test_taps_of_a_wrapped_model_are_those_of_the_model():
+    from vt_drloc.swin import swin_mini
+    m = swin_mini(10)
+    for after in ('blocks','stages'):
+        for wrapped in (torch.compile(m), nn.DataParallel(m)): assert tap_names(wrapped, after) == tap_names(m, after)
 def test_sidecar_of_another_loss_is_refused(tmp_path):
     a = learner(callback('signed'), path=tmp_path)
     a.fit(1)

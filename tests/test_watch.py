@@ -157,6 +157,18 @@ def test_best_constant_explains_nothing(variant, h, w):
     assert got['explained'] == pytest.approx(0, abs=1e-5)
     if variant in ('drloc','signed'): assert (got['row'],got['col']) == pytest.approx((guess['row'],guess['col']), rel=1e-5)
 
+@pytest.mark.parametrize('kw', [dict(axes='mean'), dict(reduction='sum'), dict(axes='mean', reduction='sum', signed=False)], ids=str)
+def test_best_classes_explain_nothing_whatever_the_options(kw):
+    "The score of the classes is their loss, so its guess has the loss's options too"
+    got,_ = summary(judge(guesser('ce', 4, 4, **kw), torch.randn(2,4,4,4), every(4, 4, 2)))
+    assert got['explained'] == pytest.approx(0, abs=1e-5)
+
+@pytest.mark.parametrize('variant', ['drloc','signed','ce','reg'])
+def test_axes_do_not_change_the_share_explained(variant):
+    "Summed or averaged, the same net explains the same"
+    share = lambda axes: summary(judge(DrlocFamily(6, variant, hidden=8, k=4, seed=0, axes=axes), images(2, 4, 4)[:,[0,1,2]*2], every(4, 4, 2)))[0]['explained']
+    assert share('mean') == pytest.approx(share('sum'), rel=1e-4)
+
 @pytest.mark.parametrize('variant', ['drloc','signed'])
 def test_best_constant_explains_nothing_in_the_released_preset(variant):
     got,_ = summary(judge(guesser(variant, 4, 4, 'released', layers=2), torch.randn(2,4,4,4), every(4, 4, 2)))

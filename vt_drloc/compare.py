@@ -12,6 +12,8 @@ __all__ = ['PUBLISHED', 'RIVALS', 'multiply_adds', 'activations', 'costs', 'fina
 # %% ../nbs/18_compare.ipynb #f440a1d3
 import gc, json, os, platform, subprocess, time, traceback
 from collections import Counter
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .hybrid import as_backbone
-from .models import create_model, list_models, model_info, replacing
+from .hybrid import as_backbone, unwrap
+from .models import create_model, in_evaluation, list_models, model_info, replacing
 
 # %% ../nbs/18_compare.ipynb #a21b457d
 _ops = dict(convolution='conv', addmm='linear', mm='linear')     # all others: products inside attention
@@ -39,14 +41,25 @@ def multiply_adds(
         n[_ops.get(str(op).split('.')[1], 'attention')] += flops//2
     return dict(n)
 
+# %% ../nbs/18_compare.ipynb #5c1e7a91
+def _zeros(model, size):
+    "One image of zeros where the model is, in its precision"
+    p = next(model.parameters())
+    return torch.zeros(1, 3, *((size,size) if isinstance(size, int) else size), device=p.device, dtype=p.dtype)
+
+@contextmanager
+def _no_shortcut():
+    "PyTorch's own attention layer takes its steps one by one"
+    mha = torch.backends.mha
+    was = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try: yield
+    finally: mha.set_fastpath_enabled(was)
+
 @torch.no_grad()
 def _run(model, size):
     "One image of zeros through the model"
-    H,W = (size,size) if isinstance(size, int) else size
-    p,was = next(model.parameters()),model.training
-    model.eval()
-    try: return model(torch.zeros(1, 3, H, W, device=p.device, dtype=p.dtype))
-    finally: model.train(was)
+    with _no_shortcut(), in_evaluation(model): return model(_zeros(model, size))
 
 # %% ../nbs/18_compare.ipynb #df9f5a5d
 _fused = F.scaled_dot_product_attention
@@ -58,7 +71,11 @@ class _CountOutputs(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in _writers: self.n[_writers[func]] += out.numel()
+        if func is F.multi_head_attention_forward: self._attention_layer(args[1], out[0])
         return out
+    def _attention_layer(self, key, out): # (..., N', D'), (..., N, D)
+        self.n['attention'] += out.numel()
+        self.n['linear'] += 2*out.numel() + 2*key[...,0].numel()*out.shape[-1]   # queries and result, keys and values
 
 def activations(
     model:nn.Module, # Any; it is run once, in evaluation mode
@@ -95,9 +112,8 @@ def final_grid(
     size:int|tuple, # Image side in pixels, or (height, width)
 )->torch.Tensor: # (1, D, h, w)
     "The final grid for one image of zeros"
-    hw = (size,size) if isinstance(size, int) else tuple(size)
-    back = as_backbone(model.eval())
-    return back.grid(back.forward_features(torch.zeros(1, 3, *hw, device=next(model.parameters()).device)), hw)
+    x,back = _zeros(model, size),as_backbone(model)
+    with in_evaluation(back.model): return back.grid(back.forward_features(x), x.shape[-2:])
 
 # %% ../nbs/18_compare.ipynb #332209ca
 def reach(
@@ -109,16 +125,16 @@ def reach(
 )->torch.Tensor: # (H, W), true where the cell depends on the pixel
     "Which pixels one cell of a grid can depend on: where its gradient is not zero"
     hw = (size,size) if isinstance(size, int) else tuple(size)
-    back = as_backbone(model.double().eval().requires_grad_(False), tap, **kw)
-    gen = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, *hw, dtype=torch.double, generator=gen).requires_grad_()
+    model = deepcopy(unwrap(model)).double().eval().requires_grad_(False)
+    back,gen = as_backbone(model, tap, **kw),torch.Generator('cpu').manual_seed(0)
+    def randn(*shape): return torch.randn(*shape, dtype=torch.double, device='cpu', generator=gen).to(next(model.parameters()).device)
+    x = randn(1, 3, *hw).requires_grad_()
     grid = back.grid(back.forward_features(x), hw)                # (1, D, h, w)
     h,w = grid.shape[-2:]
     row,col = (h//2,w//2) if cell is None else cell
     if not (0<=row<h and 0<=col<w):
         raise ValueError(f"cell {(row,col)} is not in the {h} x {w} grid: rows are 0 to {h-1}, columns 0 to {w-1}")
-    weights = torch.randn(grid.shape[1], dtype=torch.double, generator=gen)
-    g, = torch.autograd.grad(grid[0,:,row,col]@weights, x)
+    g, = torch.autograd.grad(grid[0,:,row,col]@randn(grid.shape[1]), x)
     return g[0].abs().sum(0)>0
 
 # %% ../nbs/18_compare.ipynb #a8e7f106
@@ -360,11 +376,14 @@ def cases(
     return [g for g in [*eager, *full, *compiled, *(rest if more else [])] if g]
 
 # %% ../nbs/18_compare.ipynb #056afe9c
-def git_revision()->str: # 'unknown' outside a repository
+def git_revision()->str: # 'unknown' where git does not track this file
     "Commit of the code that runs, with `-dirty` if files differ from it"
     if os.environ.get('VT_DRLOC_REVISION'): return os.environ['VT_DRLOC_REVISION']
-    def git(*args): return subprocess.run(['git','-C',str(Path(__file__).parent),*args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('rev-parse','HEAD') + ('-dirty' if git('status','--porcelain','--untracked-files=no','.') else '')
+    file = Path(__file__)
+    def git(*args): return subprocess.run(['git','-C',str(file.parent),*args], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        git('ls-files','--error-unmatch',file.name)
+        return git('rev-parse','HEAD') + ('-dirty' if git('status','--porcelain','--untracked-files=no','.') else '')
     except (OSError, subprocess.CalledProcessError): return 'unknown'
 
 def device_name(

@@ -19,6 +19,7 @@ from torch import nn
 from fastcore.basics import patch
 from .pairs import *
 from .loss import *
+from .hybrid import unwrap
 
 # %% ../nbs/14_variants.ipynb #c0bb1774
 VARIANTS = ['drloc','signed','ce','reg','all']
@@ -467,6 +468,7 @@ def tap_names(
     after:str='blocks', # 'blocks' as in the paper, 'stages' as in the released code
 ) -> list: # Dotted names, in the order of the forward
     "Where the grids of Eq. 7 come out of a model"
+    model = unwrap(model)
     if _choose('after', after, _VALUES['after'])=='stages':
         own = next((n for n in ('stages','layers') if isinstance(getattr(model, n, None), (nn.Sequential,nn.ModuleList))), None)
         names = [f'{own}.{i}' for i,_ in getattr(model, own).named_children()] if own else []
@@ -476,6 +478,18 @@ def tap_names(
             if type(m).__name__.endswith('Block') and not any(n.startswith(o+'.') for o in names): names.append(n)
     if names: return names
     raise ValueError(f"no {after} found in {type(model).__name__}; give their names: tap=['...', '...']")
+
+# %% ../nbs/14_variants.ipynb #7d20b5e5
+def _before_norm(
+    model:nn.Module, # Any, perhaps compiled or made parallel
+) -> str: # Dotted name; `None` if there is no Swin in it
+    "What comes before the last norm of a Swin"
+    for n,m in unwrap(model).named_modules():                  # from outside in
+        if not (kind := type(m).__name__).startswith('Swin'): continue
+        part = next((o for o in ('layers','features') if hasattr(m, o) and hasattr(m, 'norm')), None)
+        if part: return f'{n}.{part}'.lstrip('.')
+        raise ValueError(f"no `layers` or `features` before a `norm` found in {kind}, whose grid the released code takes before its last norm; "
+                         "name the submodule that returns it: tap='...'; or take the final grid: swin_norm=True")
 
 # %% ../nbs/14_variants.ipynb #0bb7c316
 def drloc_callback(
@@ -498,7 +512,7 @@ def drloc_callback(
     if variant=='all' and tap is None:
         if model is None: raise ValueError("variant='all' taps several places: give tap=['...', ...], or model= to find them")
         tap = tap_names(model, chosen['after'])
-    if tap is None and not chosen['swin_norm'] and type(model).__name__=='Swin': tap = 'layers'   # before its last norm
+    if tap is None and model is not None and not chosen['swin_norm']: tap = _before_norm(model)
     lam = lambda_drloc
     if not callable(lam) and chosen['schedule']!='constant': lam = lambda_schedule(lam, chosen['schedule'], epochs)
     return DrlocCallback(lam, m, hidden, reduction, seed, tap, partial(DrlocFamily, variant=variant, preset=preset, **options))

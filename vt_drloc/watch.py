@@ -50,8 +50,7 @@ def _facts(loss_fn):
     return kind,bool(getattr(loss_fn, 'signed', False)),bool(getattr(loss_fn, 'identical', True))
 
 @lru_cache(64)
-def _guess(kind, h, w, signed, identical):
-    return best_constant('ce' if kind=='entropy' else 'drloc', h, w, signed=signed, identical=identical)
+def _guess(h, w, signed, identical): return best_constant('drloc', h, w, signed=signed, identical=identical)
 
 def _score(error, h, w, kind):
     "(B, m, 2) errors in cells to the sum of the scores"
@@ -65,16 +64,16 @@ def judge(
     pairs:torch.Tensor, # (B, m, 2) flat cell indices
 )->torch.Tensor: # (7,) |row|, |column| error and score of the answers, the same of the best constant, pairs
     "Sums over all pairs, on the grid's device; they add up over batches and processes"
-    facts,(h,w),(B,m,_) = _facts(loss_fn),task_size(loss_fn, grid),pairs.shape
-    kind,best = facts[0],_guess(facts[0], h, w, *facts[1:])
+    (kind,*facts),(h,w),(B,m,_) = _facts(loss_fn),task_size(loss_fn, grid),pairs.shape
+    best = _guess(h, w, *facts)
     pred,true = answers(loss_fn, grid, pairs)
     error = (pred-true).abs()                                    # (B, m, 2)
     off = lambda c: torch.stack([(true[...,i]-c[i]).abs() for i in (0,1)], -1)
-    median = off(_guess('absolute', h, w, *facts[1:]).offset)    # (B, m, 2)
+    median = off(best.offset)                                    # (B, m, 2)
     score,guess = _score(error, h, w, kind),_score(off(best.mean) if kind=='square' else median, h, w, kind)
     if kind=='entropy':
         score = loss_fn(grid, pairs=pairs)*m*(1 if loss_fn.reduction=='sum' else B)
-        guess = score.new_tensor(best.loss*B*m)
+        guess = score.new_tensor(best_constant(loss_fn, h, w).loss*B*m)
     return torch.stack([*error.sum((0,1)), score, *median.sum((0,1)), guess, score.new_tensor(B*m)]).float()
 
 def summary(
