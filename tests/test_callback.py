@@ -588,6 +588,26 @@ def test_sidecar_of_another_width_is_refused(tmp_path):
     a.save('x')
     with pytest.raises(ValueError, match='hidden=16'): learner(drloc(hidden=24), path=tmp_path).load('x')
 
+def test_a_save_without_the_callback_takes_the_old_sidecar_away(tmp_path, monkeypatch):
+    a,stock,side = learner(drloc(), path=tmp_path),learner(path=tmp_path),tmp_path/'models'/'x.drloc.pth'
+    a.fit(1)
+    a.save('x'); a.save('y')
+    was = side.read_bytes()
+    def full(*args, **kwargs): raise OSError('no space left')
+    with monkeypatch.context() as m: # it stays while the old model does: the save fails, or another process writes
+        m.setattr('torch.save', full)
+        with pytest.raises(OSError): stock.save('x')
+    with monkeypatch.context() as m:
+        m.setenv('RANK', '1')
+        stock.save('x')
+    assert side.read_bytes() == was
+    stock.save('x')
+    assert not side.exists() and side.with_name('y.drloc.pth').exists()
+    b = learner(drloc(), path=tmp_path).load('x')
+    assert same(weights(b.model), weights(stock.model)) and b.drloc.loss_fn is None
+    stock.save('x') # nothing to take away
+    with open(tmp_path/'f.pth', 'wb') as f: stock.save(f)
+
 def test_save_to_an_open_file(tmp_path):
     learn = learner(drloc(), path=tmp_path)
     learn.fit(1)

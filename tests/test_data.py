@@ -387,6 +387,23 @@ def test_wrong_count(tmp_path):
     err(r'found 8 test images, expected 9', 'cifar10', path=root, expect=(12,9))
     err(r'found 12 training images, expected 13', root, expect=(13,8))
 
+def test_a_folder_takes_its_readers_arguments(tmp_path):
+    root = folder(tmp_path/'zoo', classes=('insects/ant','insects/bee'))
+    kw = dict(bs=4, size=32, device=cpu)
+    assert list(get_dls(root, **kw).vocab)==['insects'] and list(get_dls(root, leaf=True, **kw).vocab)==['ant','bee']
+    with pytest.raises(TypeError, match='batchsize'): get_dls(root, batchsize=3, **kw)
+
+def test_a_folder_lies_where_it_lies(tmp_path):
+    err("path='/nowhere'.*bugs is a folder.*leave `path` out", folder(tmp_path/'bugs'), path='/nowhere')
+    err("Did you mean 'cifar10'", 'cifar1', path='/nowhere')
+
+def test_a_folder_called_photos_may_hold_out(tmp_path, monkeypatch):
+    root,kw = folder(tmp_path/'photos'),dict(bs=4, size=32, heldout=4, device=cpu)
+    assert get_dls(root, **kw).info.n_valid==4
+    monkeypatch.chdir(tmp_path)
+    assert get_dls('./photos', **kw).info.n_valid==4 and get_dls(Path('photos'), **kw).info.n_valid==4
+    err('share pixels', 'photos', expect=(200,100), heldout=50)
+
 def test_folder_without_classes(tmp_path):
     image(tmp_path/'a/train/0.png'); image(tmp_path/'a/valid/0.png')
     err('has no class folders.*0.png', tmp_path/'a', size=32)

@@ -432,9 +432,8 @@ def _sidecar(learn, file):
 @_stand_in('save')
 def _save(stock, learn, file, with_opt=True, **kwargs):
     cb,side = first(learn._grab_cbs(DrlocCallback)),_sidecar(learn, file)
-    if cb is None: return stock(learn, file, with_opt=with_opt, **kwargs)
-    sd,was = cb.state_dict(),cb.joined
-    cb._part()
+    sd,was = (cb.state_dict(),cb.joined) if cb else (None,None)
+    if cb: cb._part()
     res = stock(learn, file, with_opt=with_opt, **kwargs)
     if was: cb._join()
     if side is None or rank_distrib(): return res

@@ -344,7 +344,7 @@ def open_data(
     data,        # a name of `list_data()`, or a folder with `train` and `valid`
     path=None,   # where a named set lies, if not in `data_home()`
     expect=None, # (n_train, n_test) if they are meant to differ from the published ones
-    **kwargs     # for the reader, such as `seed` for the crops of `photos`
+    **kwargs     # for the reader, such as `seed` for the crops of `photos`, `leaf` for a folder
 )->tuple: # train, test, name, where from
     "Find a data set, list its images, check its counts."
     if isinstance(data, str) and data in SPECS: return _named(SPECS[data], path, expect, kwargs)
@@ -353,7 +353,8 @@ def open_data(
         near = difflib.get_close_matches(str(data), SPECS, n=1)
         hint = f' Did you mean {near[0]!r}?' if near else ''
         raise DataError(f'no data set and no folder called {str(data)!r}.{hint} Names: {", ".join(SPECS)}')
-    train,test = read_folder(folder)
+    if path is not None: raise DataError(f'path={str(path)!r} says where a named set lies, but {folder} is a folder itself: leave `path` out, or name the set, one of {", ".join(SPECS)}')
+    train,test = read_folder(folder, **kwargs)
     if expect: _check(DataSpec(folder.name, len(train.vocab), *expect, None, None), train, test, expect, folder)
     return train,test,folder.name,str(folder)
 
@@ -684,7 +685,7 @@ def get_dls(
     held = (held or place(n_bytes, device)) if in_memory else 'files'
     if in_memory: train = _hold(train, name, 'train', stored, cache, held)
     if heldout:
-        if name=='photos': raise DataError('photos: held-out crops would share pixels with training crops; its own test crops come from another part of each photo, so leave `heldout` at 0')
+        if data=='photos': raise DataError('photos: held-out crops would share pixels with training crops; its own test crops come from another part of each photo, so leave `heldout` at 0')
         valid,train = [train.take(i) for i in stratified(train.y, heldout, seed)][::-1]
     elif in_memory: valid = _hold(valid, name, 'test', stored, cache, held)
     if len(train)<bs: raise DataError(f'{name} has {len(train)} training images, fewer than one batch of {bs}: choose a smaller `bs`')
