@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import fastai, numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, accuracy, partial, set_seed
 import vt_drloc.models as models
 import vt_drloc.resume as mod
 import vt_drloc.train as tr
 from vt_drloc.callback import DrlocCallback
 from vt_drloc.data import MemoryImages
-from vt_drloc.resume import Checkpoints, ResumeError, _row_sums, checkpoints, fingerprint, go_on
+from vt_drloc.resume import Checkpoints, ResumeError, _row_sums, checkpoints, fingerprint, go_on, newest_checkpoint, read_checkpoint, write_checkpoint
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build, precision_on, run_name, train
 
 STEPS = 5                                                                  # of an epoch: 80 images in batches of 16
@@ -228,6 +229,30 @@ def test_resume_does_not_begin_over_what_lies_there(kind, lies, tmp_path, recipe
     was = file.read_bytes()
     with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
     assert file.read_bytes()==was
+
+@pytest.mark.parametrize('text', ['', '{"format": 1, "sta', 'null', '{"epochs": []}', b'\xff\xfe'])
+def test_a_damaged_record_is_said_and_once_removed_the_run_goes_on(text, stopped, recipe, runs):
+    file = stopped/f'{name}.json'
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    was = {f: f.read_bytes() for f in stopped.iterdir()}
+    for again in (True, False):
+        with pytest.raises(ValueError, match=f'{name}.json is no run record, or a damaged one.*remove it'): train(recipe, out=stopped, bar=False, device='cpu', resume=again)
+    with pytest.raises(ValueError, match=f'{name}.json is no run record'): tr.read_records(stopped)
+    assert {f: f.read_bytes() for f in stopped.iterdir()}==was
+    if text: return
+    file.unlink()
+    learn = resume(stopped, recipe)
+    w,_,rec = outcome(runs[0]/'alone')
+    assert same(learn.model.state_dict(), w) and timeless(outcome(stopped)[2])==timeless(rec)
+
+def test_a_damaged_record_without_a_checkpoint(tmp_path, recipe, capsys):
+    "`_start` and `_begun` read it for themselves"
+    (tmp_path/f'{name}.json').write_text('')
+    for f in (partial(tr._start, None, tmp_path/name, True), partial(tr._begun, tmp_path/name)):
+        with pytest.raises(ValueError, match='no run record, or a damaged one'): f()
+    (tmp_path/f'{name}.json').unlink()
+    tr._start(None, tmp_path/name, True)
+    assert 'it starts at the beginning' in capsys.readouterr().out
 
 def test_time_limit(tmp_path, runs, recipe, capsys):
     settings = dict(common, data=recipe.data)

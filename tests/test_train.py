@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from fastai.basics import Callback, CancelFitException, DataLoaders, L, Learner, set_seed
 from vt_drloc.evaluate import eval_main
-from vt_drloc.models import create_model, list_models, load_model
+from vt_drloc.models import create_model, list_models, load_model, read_header
 from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, accuracy_curves, build, controls, decays, demo_cvt, main,
                             read_records, run_name, settings, side_task_error, train)
 

@@ -712,12 +712,22 @@ def build(
     return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, lr=r.lr, metrics=accuracy, cbs=cbs, default_cbs=False,
                    path=Path(out or '.'))
 
+# %% ../nbs/10_train.ipynb #c41e7d05
+def _record(file):
+    "A run record; `None` where there is none"
+    if not file.exists(): return
+    try:
+        rec = json.loads(file.read_text())
+        if isinstance(rec, dict) and {'status','recipe'} <= set(rec): return rec
+        why = 'it names no status and no recipe'
+    except ValueError as e: why = e
+    raise ValueError(f"{file} is no run record, or a damaged one ({why}): move it away or remove it; a run that goes on from a checkpoint writes it anew, with all its epochs")
+
 # %% ../nbs/10_train.ipynb #fee5d0ae
 def _guard(record, recipe):
     "Refuse to write over the complete record of another recipe"
-    if not record.exists(): return
-    old,new = json.loads(record.read_text()),json.loads(json.dumps(asdict(recipe.check())))
-    was = old['recipe']
+    if not (old := _record(record)): return
+    new,was = json.loads(json.dumps(asdict(recipe.check()))),old['recipe']
     differ = ', '.join(f'{k}={was[k]}, now {v}' for k,v in new.items() if k in was and was[k]!=v)
     if old['status']=='complete' and differ:
         raise ValueError(f"{record} is the complete record of another run ({differ}): "
@@ -727,7 +737,7 @@ def _guard(record, recipe):
 def _begun(stem):
     "Is there anything of a run that a new start would lose?"
     record = Path(f'{stem}.json')
-    rec = json.loads(record.read_text()) if record.exists() else {}
+    rec = _record(record) or {}
     others = [f for f in stem.parent.glob(f'{glob.escape(stem.name)}.*') if f!=record and f.suffix!='.tmp']
     return bool(rec.get('epochs') or rec.get('stopped') or others)
 
@@ -742,7 +752,7 @@ def _start(learn, stem, resume):
     files,record = checkpoints(stem),Path(f'{stem}.json')
     if not resume:
         if files: raise ResumeError(f"{files[0]} is a checkpoint of a run that is not finished: go on with resume=True (--resume), or remove {stem}.*.ckpt to begin anew")
-    elif not files and record.exists() and json.loads(record.read_text())['status']=='complete':
+    elif not files and (rec := _record(record)) and rec['status']=='complete':
         raise ResumeError(f"{record} is complete: there is nothing to resume")
     elif files or _begun(stem): go_on(learn)
     elif not _rank(): _anew(stem)
@@ -844,7 +854,7 @@ def read_records(
 )->list: # one dict a run
     "Run records, in order of their names"
     folder = Path(folder) if folder else Path(vt_drloc.__file__).parents[1]/'nbs'/'results'/'runs'
-    return [json.loads(f.read_text()) for f in sorted(folder.glob('*.json'))]
+    return [_record(f) for f in sorted(folder.glob('*.json'))]
 
 def _arm(recipe):
     "What a run did about the side task, in words"
