@@ -230,6 +230,21 @@ def test_resume_does_not_begin_over_what_lies_there(kind, lies, tmp_path, recipe
     with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
     assert file.read_bytes()==was
 
+def test_a_run_whose_name_goes_on_after_a_dot_is_another(tmp_path, recipe, capsys):
+    "The run `exp` begins beside what lies there of `exp.2`, refuses nothing for it and leaves it"
+    def named(n): return Recipe(**{**vars(recipe), 'name':n, 'epochs':1, 'drloc':'none'})
+    learn = build(named('exp.2'), out=tmp_path, bar=False, device='cpu', save_every='2')
+    with learn.no_logging(): learn.fit(1, recipe.lr, cbs=Stop(4))
+    (tmp_path/'exp.2.safetensors').write_bytes(b'')
+    was = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    assert sorted(was)==['exp.2.00000002.ckpt','exp.2.00000004.ckpt','exp.2.json','exp.2.safetensors']
+    train(named('exp'), out=tmp_path, bar=False, device='cpu', save_every='2')
+    for f in tmp_path.glob('exp.*'):
+        if f.name not in was: f.unlink()
+    resume(tmp_path, named('exp'))
+    assert 'nothing of exp in' in capsys.readouterr().out and {f.name: f.read_bytes() for f in tmp_path.glob('exp.2.*')}==was
+    with pytest.raises(ResumeError, match=r'remove \S+exp.2.00000004.ckpt and \S+exp.2.00000002.ckpt to begin anew'): train(named('exp.2'), out=tmp_path, bar=False, device='cpu')
+
 @pytest.mark.parametrize('text', ['', '{"format": 1, "sta', 'null', '{"epochs": []}', b'\xff\xfe'])
 def test_a_damaged_record_is_said_and_once_removed_the_run_goes_on(text, stopped, recipe, runs):
     file = stopped/f'{name}.json'
@@ -304,6 +319,26 @@ def test_row_sums_in_pieces():
 def test_differences():
     assert mod.differences(dict(a=1, b=dict(c=[1,2])), dict(a=1., b=dict(c=[1,2])))==[]      # 1 from the one caller, 1.0 from the other
     assert mod.differences(dict(a=None), dict(a=0))==['a: None in the checkpoint, 0 now'] and mod.differences({}, dict(b=1))==['b: absent in the checkpoint, 1 now']
+
+# --- files
+
+def written(path, step, **kw): return write_checkpoint(path, dict(at=dict(step=step), **kw))
+
+def test_files_of_a_run_whose_name_goes_on_after_a_dot(tmp_path):
+    "Those of `exp.2` are not listed, read, counted or removed as those of `exp`; nor is what else looks like one"
+    others = [written(tmp_path/'exp.2', 9), written(tmp_path/'exp.00000001', 8), written(tmp_path/'expo', 7)]
+    for o in ('exp.0000001.ckpt', 'exp.00000001.ckpt.ckpt', 'exp.best.ckpt', 'exp.00000003.ckpt.old'): (tmp_path/o).write_bytes(b''); others.append(tmp_path/o)
+    assert checkpoints(tmp_path/'exp')==[]
+    with pytest.raises(ResumeError, match='is the folder right'): newest_checkpoint(tmp_path/'exp')
+    for step in (1,2,3): written(tmp_path/'exp', step)
+    assert [f.name for f in checkpoints(tmp_path/'exp')]==['exp.00000003.ckpt','exp.00000002.ckpt'] and checkpoints(tmp_path/'exp.2')==others[:1]
+    assert newest_checkpoint(tmp_path/'exp')[0]['at']['step']==3 and all(o.exists() for o in others)
+
+def test_names_with_signs_and_many_steps(tmp_path):
+    "Signs that mean something in a pattern; a step of nine digits is newer than one of eight"
+    for name in ('a[1]','a*','a+'):
+        for step in (99_999_999, 100_000_000): written(tmp_path/name, step)
+        assert [f.name for f in checkpoints(tmp_path/name)]==[f'{name}.100000000.ckpt', f'{name}.99999999.ckpt']
 
 # --- other Learners
 

@@ -10,7 +10,7 @@ __all__ = ['generators', 'set_generators', 'progress', 'set_progress', 'snapshot
            'steps_or_seconds', 'Checkpoints', 'remembered', 'go_on']
 
 # %% ../nbs/20_resume.ipynb #80f610f6
-import glob, hashlib, json, random, re, time
+import hashlib, json, random, re, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import singledispatch
 from itertools import islice
@@ -181,9 +181,10 @@ def _digest(tensors, text):
 def checkpoints(
     path # of a run's files, without suffix
 )->list: # files, newest first
-    "A run's checkpoints"
+    "A run's checkpoints, and not those of a run whose name goes on after a dot"
     path = Path(path)
-    return sorted(path.parent.glob(f'{glob.escape(path.name)}.*.ckpt'), reverse=True)
+    steps = {f: int(m[1]) for f in path.parent.glob('*.ckpt') if (m := re.fullmatch(re.escape(path.name) + r'\.(\d{8,})\.ckpt', f.name))}
+    return sorted(steps, key=steps.get, reverse=True)
 
 # %% ../nbs/20_resume.ipynb #68c19870
 def write_checkpoint(
@@ -222,7 +223,7 @@ def newest_checkpoint(
         try: return read_checkpoint(file),file,passed
         except ResumeError as e: passed.append(str(e))
     if passed: raise ResumeError('no checkpoint of this run is whole: ' + '; '.join(passed) + '; then start anew')
-    raise ResumeError(f"no checkpoint {path}.*.ckpt to go on from: is the folder right, and was the run started with save_every?")
+    raise ResumeError(f"no checkpoint of {path} to go on from: is the folder right, and was the run started with save_every?")
 
 # %% ../nbs/20_resume.ipynb #32df6bc2
 def differences(

@@ -12,7 +12,7 @@ __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'Deca
            'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
-import contextlib, glob, json, math, os, platform, sys, time
+import contextlib, json, math, os, platform, sys, time
 from dataclasses import dataclass, asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -736,10 +736,9 @@ def _guard(record, recipe):
 # %% ../nbs/10_train.ipynb #d118c6d9
 def _begun(stem):
     "Is there anything of a run that a new start would lose?"
-    record = Path(f'{stem}.json')
-    rec = _record(record) or {}
-    others = [f for f in stem.parent.glob(f'{glob.escape(stem.name)}.*') if f!=record and f.suffix!='.tmp']
-    return bool(rec.get('epochs') or rec.get('stopped') or others)
+    rec = _record(Path(f'{stem}.json')) or {}
+    weights = any(Path(f'{stem}{end}').exists() for end in ('.safetensors','.mlp.safetensors'))
+    return bool(rec.get('epochs') or rec.get('stopped') or weights)
 
 def _anew(stem):
     "Say that a run which was to go on starts at the beginning, and what else waits in its folder"
@@ -751,7 +750,7 @@ def _start(learn, stem, resume):
     "Go on from a checkpoint if asked to and if there is a beginning; refuse to begin anew over one"
     files,record = checkpoints(stem),Path(f'{stem}.json')
     if not resume:
-        if files: raise ResumeError(f"{files[0]} is a checkpoint of a run that is not finished: go on with resume=True (--resume), or remove {stem}.*.ckpt to begin anew")
+        if files: raise ResumeError(f"{files[0]} is a checkpoint of a run that is not finished: go on with resume=True (--resume), or remove {' and '.join(map(str, files))} to begin anew")
     elif not files and (rec := _record(record)) and rec['status']=='complete':
         raise ResumeError(f"{record} is complete: there is nothing to resume")
     elif files or _begun(stem): go_on(learn)
