@@ -340,6 +340,37 @@ def test_names_with_signs_and_many_steps(tmp_path):
         for step in (99_999_999, 100_000_000): written(tmp_path/name, step)
         assert [f.name for f in checkpoints(tmp_path/name)]==[f'{name}.100000000.ckpt', f'{name}.99999999.ckpt']
 
+def test_any_flipped_bit(tmp_path):
+    "Header and tensors: damage is said, and the older file is read"
+    for step in (1,2): file = written(tmp_path/'x', step, model=dict(w=torch.randn(4, 3), b=torch.zeros(3)), own=[dict(now=[1,2,3])])
+    raw = file.read_bytes()
+    assert 8*len(raw) > 4000
+    for i in range(len(raw)):
+        for b in range(8):
+            file.write_bytes(raw[:i] + bytes([raw[i]^1<<b]) + raw[i+1:])
+            with pytest.raises(ResumeError, match='remove it'): read_checkpoint(file)
+    for word in (b'"digest"', b'"state"', b'"format"'):
+        file.write_bytes(raw.replace(word, b'"' + bytes([word[1]^1]) + word[2:]))
+        state,_,passed = newest_checkpoint(tmp_path/'x')
+        assert state['at']['step']==1 and len(passed)==1
+
+def test_the_checksum_holds_names_types_and_shapes(tmp_path):
+    "The same bytes under other names, of another type, in another shape"
+    file = written(tmp_path/'x', 1, a=torch.arange(6.).view(2, 3), b=torch.arange(6.).view(2, 3))
+    with safe_open(file, 'pt') as f: meta,ts = f.metadata(),{k: f.get_tensor(k) for k in f.keys()}
+    assert set(ts)=={'0','1'}
+    for change in (lambda t: {'0': t['0'], '2': t['1']}, lambda t: {**t, '1': t['1'].view(torch.int32)}, lambda t: {**t, '1': t['1'].view(3, 2)}, lambda t: {'0': t['0']}):
+        save_file(change(ts), file, metadata=meta)
+        with pytest.raises(ResumeError, match='its checksum differs'): read_checkpoint(file)
+    save_file(ts, file, metadata=meta)
+    assert read_checkpoint(file)['b'].shape==(2,3)
+
+@pytest.mark.parametrize('n', [1,3])
+def test_a_checkpoint_of_another_format(n, tmp_path):
+    file = written(tmp_path/'x', 1)
+    file.write_bytes(file.read_bytes().replace(b'vt_drloc checkpoint 2', b'vt_drloc checkpoint %d' % n))
+    with pytest.raises(ResumeError, match=f"is a 'vt_drloc checkpoint {n}', and this version of vt_drloc reads 'vt_drloc checkpoint 2': go on with the version"): read_checkpoint(file)
+
 # --- other Learners
 
 def points(n=64, seed=0):

@@ -173,9 +173,13 @@ def unpack(tensors, text):
 class ResumeError(ValueError):
     "A run cannot go on from what lies there; the message says why and what to do"
 
+_FORMAT = 'vt_drloc checkpoint 2'
+
 def _digest(tensors, text):
-    h = hashlib.blake2b(text.encode())
-    for k in sorted(tensors): h.update(tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy())
+    "Checksum of a file's text and of its tensors, with their names, types and shapes"
+    ts = sorted(tensors.items())
+    h = hashlib.blake2b(json.dumps([text, [[k, str(t.dtype), list(t.shape)] for k,t in ts]]).encode())
+    for _,t in ts: h.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 def checkpoints(
@@ -196,7 +200,7 @@ def write_checkpoint(
     file = Path(f"{path}.{state['at']['step']:08d}.ckpt")
     tensors,text = pack(state)
     with replacing(file, f'{path}.ckpt.tmp') as tmp:
-        save_file(tensors, tmp, metadata=dict(format='vt_drloc checkpoint 1', state=text, digest=_digest(tensors, text)))
+        save_file(tensors, tmp, metadata=dict(format=_FORMAT, state=text, digest=_digest(tensors, text)))
     for old in checkpoints(path)[keep:]: old.unlink(missing_ok=True)
     return file
 
@@ -209,8 +213,8 @@ def read_checkpoint(
         with safe_open(file, 'pt') as f: meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise ResumeError(f"{file} is damaged or cut short ({e}): remove it") from e
     if not (kind := meta.get('format', '')).startswith('vt_drloc checkpoint'): raise ResumeError(f"{file} is not a checkpoint of a run, but {kind or 'something else'}: remove it from there")
-    if kind != 'vt_drloc checkpoint 1': raise ResumeError(f"{file} is of {kind!r}, written by a newer version of vt_drloc: install that one")
-    if _digest(tensors, meta['state']) != meta['digest']: raise ResumeError(f"{file} is damaged (its checksum differs): remove it")
+    if kind != _FORMAT: raise ResumeError(f"{file} is a {kind!r}, and this version of vt_drloc reads {_FORMAT!r}: go on with the version that wrote it, or remove it")
+    if _digest(tensors, meta.get('state', '')) != meta.get('digest'): raise ResumeError(f"{file} is damaged (its checksum differs): remove it")
     return unpack(tensors, meta['state'])
 
 # %% ../nbs/20_resume.ipynb #2e24c99a
