@@ -413,6 +413,17 @@ def test_any_optimizer_and_stock_callbacks(opt_func, step, tmp_path):
     at = broken_off_equals_straight(lambda p: learner(p, opt_func=opt_func), tmp_path, step)
     assert at['step'] == step//3*3
 
+def test_settings_are_what_a_file_gives_back(tmp_path):
+    "Tuples are lists in JSON, and its keys are text: an unchanged run goes on"
+    def new(**kw):
+        learn = learner(tmp_path)
+        learn.remove_cb(learn.checkpoints)
+        return learn.add_cb(Checkpoints(tmp_path/'x', dict(size=(16,32), by={1:(2,)}, **kw), every='3'))
+    new().fit(2, cbs=Stop(7))
+    assert go_on(new())['step']==6
+    with pytest.raises(ResumeError, match="lr: absent in the checkpoint, 1 now"): go_on(new(lr=1))
+    with pytest.raises(ValueError, match='PosixPath is not JSON.*str'): Checkpoints(tmp_path/'x', dict(out=Path('here')))
+
 @pytest.mark.parametrize('step', [10, 14])
 def test_the_order_of_an_epoch_is_kept(step, tmp_path):
     "Also where a loader would draw another one the second time, as on another kind of GPU; and only for that epoch"

@@ -293,7 +293,9 @@ class Checkpoints(Callback):
     ):
         self.stem,self.minutes,self.keep = Path(path),minutes,keep
         if minutes is not None and not minutes > 0: raise ValueError(f"minutes={minutes}: must be above 0")
-        self.settings,self.began = settings or {},time.monotonic()
+        try: self.settings = json.loads(json.dumps(settings or {}))
+        except TypeError as e: raise ValueError(f"settings={settings}: {e}; give numbers, text, lists and dicts, such as str() of it") from e
+        self.began = time.monotonic()
         self.steps,self.seconds = steps_or_seconds(every) if every else (None,None)
         self.state = self.stopped = self.at_start = self.job = None
         self.first = bool(every)
