@@ -264,7 +264,7 @@ def fingerprint(
     for dl in dls:
         ds = dl.dataset
         if hasattr(ds, 'x') and torch.is_tensor(ds.x):
-            x = ds.x[torch.arange(0, len(ds), max(1, len(ds)//256))] if getattr(ds, 'held', '')=='mapped' else ds.x
+            x = ds.x[torch.arange(0, len(ds), max(1, -(-len(ds)//256)))] if getattr(ds, 'held', '')=='mapped' else ds.x
             parts = [ds.y, str([tuple(ds.x.shape), str(ds.x.dtype)]), _row_sums(x)]
         else: parts = [str([(Path(str(f)).name, str(c)) for f,c in ds.items])] if hasattr(ds, 'items') else [str(len(ds))]
         for p in parts: h.update(p.encode() if isinstance(p, str) else p.detach().cpu().contiguous().numpy())
