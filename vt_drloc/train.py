@@ -405,7 +405,7 @@ class KeepWeights(Callback):
     def after_epoch(self):
         if (self.epoch+1)%self.every and self.epoch+1 != self.n_epoch: return
         vocab = [str(o) for o in getattr(self.dls.train.dataset, 'vocab', None) or self.dls.vocab]
-        save_model(self.model, self.path, recipe=asdict(self.recipe), vocab=vocab, size=list(self.dls.info.size))
+        save_model(self.model, self.path, epoch=self.epoch, recipe=asdict(self.recipe), vocab=vocab, size=list(self.dls.info.size))
         mlp = getattr(getattr(self.learn, 'drloc', None), 'loss_fn', None)
         if mlp: _save_mlp(mlp.mlp, Path(self.path).with_suffix('.mlp.safetensors'), self.recipe)
 
