@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import fastai, numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, accuracy, partial, set_seed
 import vt_drloc.models as models
 import vt_drloc.resume as mod
 import vt_drloc.train as tr
 from vt_drloc.callback import DrlocCallback
 from vt_drloc.data import MemoryImages
-from vt_drloc.resume import Checkpoints, ResumeError, _row_sums, checkpoints, fingerprint, go_on
+from vt_drloc.resume import Checkpoints, ResumeError, _row_sums, checkpoints, fingerprint, go_on, newest_checkpoint, read_checkpoint, write_checkpoint
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build, precision_on, run_name, train
 
 STEPS = 5                                                                  # of an epoch: 80 images in batches of 16
@@ -229,6 +230,45 @@ def test_resume_does_not_begin_over_what_lies_there(kind, lies, tmp_path, recipe
     with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
     assert file.read_bytes()==was
 
+def test_a_run_whose_name_goes_on_after_a_dot_is_another(tmp_path, recipe, capsys):
+    "The run `exp` begins beside what lies there of `exp.2`, refuses nothing for it and leaves it"
+    def named(n): return Recipe(**{**vars(recipe), 'name':n, 'epochs':1, 'drloc':'none'})
+    learn = build(named('exp.2'), out=tmp_path, bar=False, device='cpu', save_every='2')
+    with learn.no_logging(): learn.fit(1, recipe.lr, cbs=Stop(4))
+    (tmp_path/'exp.2.safetensors').write_bytes(b'')
+    was = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    assert sorted(was)==['exp.2.00000002.ckpt','exp.2.00000004.ckpt','exp.2.json','exp.2.safetensors']
+    train(named('exp'), out=tmp_path, bar=False, device='cpu', save_every='2')
+    for f in tmp_path.glob('exp.*'):
+        if f.name not in was: f.unlink()
+    resume(tmp_path, named('exp'))
+    assert 'nothing of exp in' in capsys.readouterr().out and {f.name: f.read_bytes() for f in tmp_path.glob('exp.2.*')}==was
+    with pytest.raises(ResumeError, match=r'remove \S+exp.2.00000004.ckpt and \S+exp.2.00000002.ckpt to begin anew'): train(named('exp.2'), out=tmp_path, bar=False, device='cpu')
+
+@pytest.mark.parametrize('text', ['', '{"format": 1, "sta', 'null', '{"epochs": []}', b'\xff\xfe'])
+def test_a_damaged_record_is_said_and_once_removed_the_run_goes_on(text, stopped, recipe, runs):
+    file = stopped/f'{name}.json'
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    was = {f: f.read_bytes() for f in stopped.iterdir()}
+    for again in (True, False):
+        with pytest.raises(ValueError, match=f'{name}.json is no run record, or a damaged one.*remove it'): train(recipe, out=stopped, bar=False, device='cpu', resume=again)
+    with pytest.raises(ValueError, match=f'{name}.json is no run record'): tr.read_records(stopped)
+    assert {f: f.read_bytes() for f in stopped.iterdir()}==was
+    if text: return
+    file.unlink()
+    learn = resume(stopped, recipe)
+    w,_,rec = outcome(runs[0]/'alone')
+    assert same(learn.model.state_dict(), w) and timeless(outcome(stopped)[2])==timeless(rec)
+
+def test_a_damaged_record_without_a_checkpoint(tmp_path, recipe, capsys):
+    "`_start` and `_begun` read it for themselves"
+    (tmp_path/f'{name}.json').write_text('')
+    for f in (partial(tr._start, None, tmp_path/name, True), partial(tr._begun, tmp_path/name)):
+        with pytest.raises(ValueError, match='no run record, or a damaged one'): f()
+    (tmp_path/f'{name}.json').unlink()
+    tr._start(None, tmp_path/name, True)
+    assert 'it starts at the beginning' in capsys.readouterr().out
+
 def test_time_limit(tmp_path, runs, recipe, capsys):
     settings = dict(common, data=recipe.data)
     tr.main(**settings, out=str(tmp_path), device='cpu', no_bar=True, minutes=1e-6)
@@ -262,13 +302,17 @@ def test_the_fingerprint_sees_every_pixel_and_label():
     dls = memory(); dls[0].dataset.y[7] = (dls[0].dataset.y[7]+1)%4
     assert fingerprint(dls)!=was
 
-def test_the_fingerprint_of_a_mapped_set_reads_some_images():
-    "Its limit, as the chapter says it: every second of 600 images"
+def test_the_fingerprint_of_a_mapped_set_reads_some_images(monkeypatch):
+    "Its limit, as the chapter says it: every third of 600 images, and never more than 256"
     def changed(i):
         dls = memory(held='mapped')
         dls[0].dataset.x[i] ^= 1
         return fingerprint(dls)
-    assert changed(2)!=fingerprint(memory(held='mapped'))==changed(1)
+    assert changed(3)!=fingerprint(memory(held='mapped'))==changed(1)==changed(2)
+    read = []
+    monkeypatch.setattr(mod, '_row_sums', lambda x: read.append(len(x)) or _row_sums(x))
+    for n in (1, 255, 256, 257, 511, 512, 600): fingerprint(memory(n, held='mapped'))
+    assert read[::2]==[1, 255, 256, 129, 256, 256, 200] and set(read[1::2])=={20}
 
 def test_row_sums_in_pieces():
     "In one piece or in many, the same sums; no two of ten thousand images have the same"
@@ -279,6 +323,57 @@ def test_row_sums_in_pieces():
 def test_differences():
     assert mod.differences(dict(a=1, b=dict(c=[1,2])), dict(a=1., b=dict(c=[1,2])))==[]      # 1 from the one caller, 1.0 from the other
     assert mod.differences(dict(a=None), dict(a=0))==['a: None in the checkpoint, 0 now'] and mod.differences({}, dict(b=1))==['b: absent in the checkpoint, 1 now']
+
+# --- files
+
+def written(path, step, **kw): return write_checkpoint(path, dict(at=dict(step=step), **kw))
+
+def test_files_of_a_run_whose_name_goes_on_after_a_dot(tmp_path):
+    "Those of `exp.2` are not listed, read, counted or removed as those of `exp`; nor is what else looks like one"
+    others = [written(tmp_path/'exp.2', 9), written(tmp_path/'exp.00000001', 8), written(tmp_path/'expo', 7)]
+    for o in ('exp.0000001.ckpt', 'exp.00000001.ckpt.ckpt', 'exp.best.ckpt', 'exp.00000003.ckpt.old'): (tmp_path/o).write_bytes(b''); others.append(tmp_path/o)
+    assert checkpoints(tmp_path/'exp')==[]
+    with pytest.raises(ResumeError, match='is the folder right'): newest_checkpoint(tmp_path/'exp')
+    for step in (1,2,3): written(tmp_path/'exp', step)
+    assert [f.name for f in checkpoints(tmp_path/'exp')]==['exp.00000003.ckpt','exp.00000002.ckpt'] and checkpoints(tmp_path/'exp.2')==others[:1]
+    assert newest_checkpoint(tmp_path/'exp')[0]['at']['step']==3 and all(o.exists() for o in others)
+
+def test_names_with_signs_and_many_steps(tmp_path):
+    "Signs that mean something in a pattern; a step of nine digits is newer than one of eight"
+    for name in ('a[1]','a*','a+'):
+        for step in (99_999_999, 100_000_000): written(tmp_path/name, step)
+        assert [f.name for f in checkpoints(tmp_path/name)]==[f'{name}.100000000.ckpt', f'{name}.99999999.ckpt']
+
+def test_any_flipped_bit(tmp_path):
+    "Header and tensors: damage is said, and the older file is read"
+    for step in (1,2): file = written(tmp_path/'x', step, model=dict(w=torch.randn(4, 3), b=torch.zeros(3)), own=[dict(now=[1,2,3])])
+    raw = file.read_bytes()
+    assert 8*len(raw) > 4000
+    for i in range(len(raw)):
+        for b in range(8):
+            file.write_bytes(raw[:i] + bytes([raw[i]^1<<b]) + raw[i+1:])
+            with pytest.raises(ResumeError, match='remove it'): read_checkpoint(file)
+    for word in (b'"digest"', b'"state"', b'"format"'):
+        file.write_bytes(raw.replace(word, b'"' + bytes([word[1]^1]) + word[2:]))
+        state,_,passed = newest_checkpoint(tmp_path/'x')
+        assert state['at']['step']==1 and len(passed)==1
+
+def test_the_checksum_holds_names_types_and_shapes(tmp_path):
+    "The same bytes under other names, of another type, in another shape"
+    file = written(tmp_path/'x', 1, a=torch.arange(6.).view(2, 3), b=torch.arange(6.).view(2, 3))
+    with safe_open(file, 'pt') as f: meta,ts = f.metadata(),{k: f.get_tensor(k) for k in f.keys()}
+    assert set(ts)=={'0','1'}
+    for change in (lambda t: {'0': t['0'], '2': t['1']}, lambda t: {**t, '1': t['1'].view(torch.int32)}, lambda t: {**t, '1': t['1'].view(3, 2)}, lambda t: {'0': t['0']}):
+        save_file(change(ts), file, metadata=meta)
+        with pytest.raises(ResumeError, match='its checksum differs'): read_checkpoint(file)
+    save_file(ts, file, metadata=meta)
+    assert read_checkpoint(file)['b'].shape==(2,3)
+
+@pytest.mark.parametrize('n', [1,3])
+def test_a_checkpoint_of_another_format(n, tmp_path):
+    file = written(tmp_path/'x', 1)
+    file.write_bytes(file.read_bytes().replace(b'vt_drloc checkpoint 2', b'vt_drloc checkpoint %d' % n))
+    with pytest.raises(ResumeError, match=f"is a 'vt_drloc checkpoint {n}', and this version of vt_drloc reads 'vt_drloc checkpoint 2': go on with the version"): read_checkpoint(file)
 
 # --- other Learners
 
@@ -321,6 +416,17 @@ def broken_off_equals_straight(new, tmp_path, step=13, **tol):
 def test_any_optimizer_and_stock_callbacks(opt_func, step, tmp_path):
     at = broken_off_equals_straight(lambda p: learner(p, opt_func=opt_func), tmp_path, step)
     assert at['step'] == step//3*3
+
+def test_settings_are_what_a_file_gives_back(tmp_path):
+    "Tuples are lists in JSON, and its keys are text: an unchanged run goes on"
+    def new(**kw):
+        learn = learner(tmp_path)
+        learn.remove_cb(learn.checkpoints)
+        return learn.add_cb(Checkpoints(tmp_path/'x', dict(size=(16,32), by={1:(2,)}, **kw), every='3'))
+    new().fit(2, cbs=Stop(7))
+    assert go_on(new())['step']==6
+    with pytest.raises(ResumeError, match="lr: absent in the checkpoint, 1 now"): go_on(new(lr=1))
+    with pytest.raises(ValueError, match='PosixPath is not JSON.*str'): Checkpoints(tmp_path/'x', dict(out=Path('here')))
 
 @pytest.mark.parametrize('step', [10, 14])
 def test_the_order_of_an_epoch_is_kept(step, tmp_path):

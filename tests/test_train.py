@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from fastai.basics import Callback, CancelFitException, DataLoaders, L, Learner, set_seed
 from vt_drloc.evaluate import eval_main
-from vt_drloc.models import create_model, list_models, load_model
+from vt_drloc.models import create_model, list_models, load_model, read_header
 from vt_drloc.train import (DeviceRecorder, Fp16, FusedAdamW, GradientNorms, DRLOC, Recipe, RunRecord, accuracy_curves, build, controls, decays, demo_cvt, main,
                             read_records, run_name, settings, side_task_error, train)
 
@@ -169,6 +169,21 @@ def test_record_says_when_a_run_was_cut_short(tmp_path):
     with pytest.raises(KeyboardInterrupt), learn.no_logging(): learn.fit(small.epochs, small.lr, cbs=StopAt(n+1))
     rec = json.loads((tmp_path/f'{run_name(small)}.json').read_text())
     assert rec['status']=='cut short' and len(rec['epochs'])==1
+
+def test_weights_say_of_which_epoch_they_are(tmp_path):
+    "Cut short in the fourth epoch: the record has three rows, the weights are of the second, and their accuracy is its"
+    r = Recipe(**{**vars(small), 'epochs':5})
+    learn = build(r, out=tmp_path, bar=False, device='cpu')
+    learn.keep_weights.every = 2
+    n,file = len(learn.dls.train),tmp_path/f'{run_name(r)}.safetensors'
+    with pytest.raises(KeyboardInterrupt), learn.no_logging(): learn.fit(r.epochs, r.lr, cbs=StopAt(3*n+1))
+    head,es = read_header(file),json.loads(file.with_suffix('.json').read_text())['epochs']
+    assert head['epoch']==1 and type(head['epoch']) is int and [e['epoch'] for e in es]==[0,1,2]
+    learn.model.load_state_dict(load_model(file).state_dict())
+    with learn.no_bar(), learn.no_logging(): loss,acc = learn.validate()
+    assert acc==pytest.approx(es[1]['accuracy']) and loss==pytest.approx(es[1]['valid_loss'], rel=1e-5)
+    train(small, out=tmp_path, bar=False, device='cpu')
+    assert read_header(tmp_path/f'{run_name(small)}.safetensors')['epoch']==small.epochs-1
 
 def test_cancelled_fit_is_cut_short_too(tmp_path):
     learn = build(small, out=tmp_path, bar=False, device='cpu')

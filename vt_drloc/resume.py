@@ -10,7 +10,7 @@ __all__ = ['generators', 'set_generators', 'progress', 'set_progress', 'snapshot
            'steps_or_seconds', 'Checkpoints', 'remembered', 'go_on']
 
 # %% ../nbs/20_resume.ipynb #80f610f6
-import glob, hashlib, json, random, re, time
+import hashlib, json, random, re, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import singledispatch
 from itertools import islice
@@ -173,17 +173,22 @@ def unpack(tensors, text):
 class ResumeError(ValueError):
     "A run cannot go on from what lies there; the message says why and what to do"
 
+_FORMAT = 'vt_drloc checkpoint 2'
+
 def _digest(tensors, text):
-    h = hashlib.blake2b(text.encode())
-    for k in sorted(tensors): h.update(tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy())
+    "Checksum of a file's text and of its tensors, with their names, types and shapes"
+    ts = sorted(tensors.items())
+    h = hashlib.blake2b(json.dumps([text, [[k, str(t.dtype), list(t.shape)] for k,t in ts]]).encode())
+    for _,t in ts: h.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 def checkpoints(
     path # of a run's files, without suffix
 )->list: # files, newest first
-    "A run's checkpoints"
+    "A run's checkpoints, and not those of a run whose name goes on after a dot"
     path = Path(path)
-    return sorted(path.parent.glob(f'{glob.escape(path.name)}.*.ckpt'), reverse=True)
+    steps = {f: int(m[1]) for f in path.parent.glob('*.ckpt') if (m := re.fullmatch(re.escape(path.name) + r'\.(\d{8,})\.ckpt', f.name))}
+    return sorted(steps, key=steps.get, reverse=True)
 
 # %% ../nbs/20_resume.ipynb #68c19870
 def write_checkpoint(
@@ -195,7 +200,7 @@ def write_checkpoint(
     file = Path(f"{path}.{state['at']['step']:08d}.ckpt")
     tensors,text = pack(state)
     with replacing(file, f'{path}.ckpt.tmp') as tmp:
-        save_file(tensors, tmp, metadata=dict(format='vt_drloc checkpoint 1', state=text, digest=_digest(tensors, text)))
+        save_file(tensors, tmp, metadata=dict(format=_FORMAT, state=text, digest=_digest(tensors, text)))
     for old in checkpoints(path)[keep:]: old.unlink(missing_ok=True)
     return file
 
@@ -208,8 +213,8 @@ def read_checkpoint(
         with safe_open(file, 'pt') as f: meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise ResumeError(f"{file} is damaged or cut short ({e}): remove it") from e
     if not (kind := meta.get('format', '')).startswith('vt_drloc checkpoint'): raise ResumeError(f"{file} is not a checkpoint of a run, but {kind or 'something else'}: remove it from there")
-    if kind != 'vt_drloc checkpoint 1': raise ResumeError(f"{file} is of {kind!r}, written by a newer version of vt_drloc: install that one")
-    if _digest(tensors, meta['state']) != meta['digest']: raise ResumeError(f"{file} is damaged (its checksum differs): remove it")
+    if kind != _FORMAT: raise ResumeError(f"{file} is a {kind!r}, and this version of vt_drloc reads {_FORMAT!r}: go on with the version that wrote it, or remove it")
+    if _digest(tensors, meta.get('state', '')) != meta.get('digest'): raise ResumeError(f"{file} is damaged (its checksum differs): remove it")
     return unpack(tensors, meta['state'])
 
 # %% ../nbs/20_resume.ipynb #2e24c99a
@@ -222,7 +227,7 @@ def newest_checkpoint(
         try: return read_checkpoint(file),file,passed
         except ResumeError as e: passed.append(str(e))
     if passed: raise ResumeError('no checkpoint of this run is whole: ' + '; '.join(passed) + '; then start anew')
-    raise ResumeError(f"no checkpoint {path}.*.ckpt to go on from: is the folder right, and was the run started with save_every?")
+    raise ResumeError(f"no checkpoint of {path} to go on from: is the folder right, and was the run started with save_every?")
 
 # %% ../nbs/20_resume.ipynb #32df6bc2
 def differences(
@@ -259,7 +264,7 @@ def fingerprint(
     for dl in dls:
         ds = dl.dataset
         if hasattr(ds, 'x') and torch.is_tensor(ds.x):
-            x = ds.x[torch.arange(0, len(ds), max(1, len(ds)//256))] if getattr(ds, 'held', '')=='mapped' else ds.x
+            x = ds.x[torch.arange(0, len(ds), max(1, -(-len(ds)//256)))] if getattr(ds, 'held', '')=='mapped' else ds.x
             parts = [ds.y, str([tuple(ds.x.shape), str(ds.x.dtype)]), _row_sums(x)]
         else: parts = [str([(Path(str(f)).name, str(c)) for f,c in ds.items])] if hasattr(ds, 'items') else [str(len(ds))]
         for p in parts: h.update(p.encode() if isinstance(p, str) else p.detach().cpu().contiguous().numpy())
@@ -288,7 +293,9 @@ class Checkpoints(Callback):
     ):
         self.stem,self.minutes,self.keep = Path(path),minutes,keep
         if minutes is not None and not minutes > 0: raise ValueError(f"minutes={minutes}: must be above 0")
-        self.settings,self.began = settings or {},time.monotonic()
+        try: self.settings = json.loads(json.dumps(settings or {}))
+        except TypeError as e: raise ValueError(f"settings={settings}: {e}; give numbers, text, lists and dicts, such as str() of it") from e
+        self.began = time.monotonic()
         self.steps,self.seconds = steps_or_seconds(every) if every else (None,None)
         self.state = self.stopped = self.at_start = self.job = None
         self.first = bool(every)

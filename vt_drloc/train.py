@@ -12,7 +12,7 @@ __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'Deca
            'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
-import contextlib, glob, json, math, os, platform, sys, time
+import contextlib, json, math, os, platform, sys, time
 from dataclasses import dataclass, asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -405,7 +405,7 @@ class KeepWeights(Callback):
     def after_epoch(self):
         if (self.epoch+1)%self.every and self.epoch+1 != self.n_epoch: return
         vocab = [str(o) for o in getattr(self.dls.train.dataset, 'vocab', None) or self.dls.vocab]
-        save_model(self.model, self.path, recipe=asdict(self.recipe), vocab=vocab, size=list(self.dls.info.size))
+        save_model(self.model, self.path, epoch=self.epoch, recipe=asdict(self.recipe), vocab=vocab, size=list(self.dls.info.size))
         mlp = getattr(getattr(self.learn, 'drloc', None), 'loss_fn', None)
         if mlp: _save_mlp(mlp.mlp, Path(self.path).with_suffix('.mlp.safetensors'), self.recipe)
 
@@ -638,8 +638,8 @@ def _conditions(r, dls, device):
     info = {k: dls.info[k] for k in ('name','n_train','n_valid','in_memory')}
     numerics = dict(device=device.type, processes=world(), matmul=torch.get_float32_matmul_precision(), deterministic=torch.are_deterministic_algorithms_enabled())
     if device.type=='cpu': numerics['OMP_NUM_THREADS'] = torch.get_num_threads()
-    return json.loads(json.dumps(dict(recipe=dict(asdict(r), precision=precision_on(r.precision, device)), data=dict(info, size=list(dls.info.size), fingerprint=fingerprint(dls)),
-                                      versions=circumstances(device)['versions'], numerics=numerics)))
+    return dict(recipe=dict(asdict(r), precision=precision_on(r.precision, device)), data=dict(info, size=list(dls.info.size), fingerprint=fingerprint(dls)),
+                versions=circumstances(device)['versions'], numerics=numerics)
 
 # %% ../nbs/10_train.ipynb #7e89a78e
 def _files(r, out, dls, device, beside, probe, save_every, minutes, resume):
@@ -712,12 +712,22 @@ def build(
     return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, lr=r.lr, metrics=accuracy, cbs=cbs, default_cbs=False,
                    path=Path(out or '.'))
 
+# %% ../nbs/10_train.ipynb #c41e7d05
+def _record(file):
+    "A run record; `None` where there is none"
+    if not file.exists(): return
+    try:
+        rec = json.loads(file.read_text())
+        if isinstance(rec, dict) and {'status','recipe'} <= set(rec): return rec
+        why = 'it names no status and no recipe'
+    except ValueError as e: why = e
+    raise ValueError(f"{file} is no run record, or a damaged one ({why}): move it away or remove it; a run that goes on from a checkpoint writes it anew, with all its epochs")
+
 # %% ../nbs/10_train.ipynb #fee5d0ae
 def _guard(record, recipe):
     "Refuse to write over the complete record of another recipe"
-    if not record.exists(): return
-    old,new = json.loads(record.read_text()),json.loads(json.dumps(asdict(recipe.check())))
-    was = old['recipe']
+    if not (old := _record(record)): return
+    new,was = json.loads(json.dumps(asdict(recipe.check()))),old['recipe']
     differ = ', '.join(f'{k}={was[k]}, now {v}' for k,v in new.items() if k in was and was[k]!=v)
     if old['status']=='complete' and differ:
         raise ValueError(f"{record} is the complete record of another run ({differ}): "
@@ -726,10 +736,9 @@ def _guard(record, recipe):
 # %% ../nbs/10_train.ipynb #d118c6d9
 def _begun(stem):
     "Is there anything of a run that a new start would lose?"
-    record = Path(f'{stem}.json')
-    rec = json.loads(record.read_text()) if record.exists() else {}
-    others = [f for f in stem.parent.glob(f'{glob.escape(stem.name)}.*') if f!=record and f.suffix!='.tmp']
-    return bool(rec.get('epochs') or rec.get('stopped') or others)
+    rec = _record(Path(f'{stem}.json')) or {}
+    weights = any(Path(f'{stem}{end}').exists() for end in ('.safetensors','.mlp.safetensors'))
+    return bool(rec.get('epochs') or rec.get('stopped') or weights)
 
 def _anew(stem):
     "Say that a run which was to go on starts at the beginning, and what else waits in its folder"
@@ -741,8 +750,8 @@ def _start(learn, stem, resume):
     "Go on from a checkpoint if asked to and if there is a beginning; refuse to begin anew over one"
     files,record = checkpoints(stem),Path(f'{stem}.json')
     if not resume:
-        if files: raise ResumeError(f"{files[0]} is a checkpoint of a run that is not finished: go on with resume=True (--resume), or remove {stem}.*.ckpt to begin anew")
-    elif not files and record.exists() and json.loads(record.read_text())['status']=='complete':
+        if files: raise ResumeError(f"{files[0]} is a checkpoint of a run that is not finished: go on with resume=True (--resume), or remove {' and '.join(map(str, files))} to begin anew")
+    elif not files and (rec := _record(record)) and rec['status']=='complete':
         raise ResumeError(f"{record} is complete: there is nothing to resume")
     elif files or _begun(stem): go_on(learn)
     elif not _rank(): _anew(stem)
@@ -844,7 +853,7 @@ def read_records(
 )->list: # one dict a run
     "Run records, in order of their names"
     folder = Path(folder) if folder else Path(vt_drloc.__file__).parents[1]/'nbs'/'results'/'runs'
-    return [json.loads(f.read_text()) for f in sorted(folder.glob('*.json'))]
+    return [_record(f) for f in sorted(folder.glob('*.json'))]
 
 def _arm(recipe):
     "What a run did about the side task, in words"
