@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest, torch
 from fastai.basics import Callback, load_learner
 from fastai.vision.core import PILImage
+from vt_drloc.models import demo_cvt
 from vt_drloc.train import DeviceRecorder, Fp16, KeepWeights, Position, Recipe, RunRecord, TensorCores, build, run_name, train
 
 small = Recipe(data='digits', model='demo_cvt', size=16, drloc='paper', m=8, epochs=2, bs=64, warmup=0, mix=False, tfms='none', share=.2)   # 287 images, 4 steps an epoch
@@ -157,3 +158,47 @@ def test_processes_judge_together():
     assert a==b and a[3]==360 and a[4]==pytest.approx(a[2][1], abs=1e-6)
     assert a[1]==pytest.approx(a[2], rel=1e-6)                               # asked afterwards: what the fit has logged
     assert a[0]==pytest.approx(list(made(small).validate()[:2]), rel=1e-5)   # and what one process says of the same weights
+
+# --- the side task's error, and on which images
+
+@pytest.mark.parametrize('kw', [dict(preset='released'), dict(variant='signed'), dict(pool='2x2'), dict(variant='ce', k=8), dict(dim=[64,64], variant='all')], ids=str)
+def test_an_mlp_of_another_form_is_refused(kw):
+    from vt_drloc.train import side_task_error
+    from vt_drloc.variants import DrlocFamily
+    loss = DrlocFamily(**{'dim':64, **kw})
+    for mlp in (loss.mlp, loss):
+        with pytest.raises(ValueError, match=rf'mlp is a {type(mlp).__name__}.*LocalizationMLP.*task_error\(loss'): side_task_error(demo_cvt(1), mlp, torch.zeros(2,3,32,32))
+
+def test_an_mlp_of_ones_own_in_the_papers_units_is_taken():
+    from vt_drloc.loss import LocalizationMLP
+    from vt_drloc.train import side_task_error
+    class Scaled(LocalizationMLP):
+        def forward(self, x): return super().forward(x)/2
+    for make in (LocalizationMLP, Scaled): assert side_task_error(demo_cvt(1), make(64), torch.zeros(2,3,32,32)).shape==(2,)
+
+@pytest.mark.parametrize('n', [1, 16, 128, 4096, 10_000, 20_000])
+def test_which_images_does_not_depend_on_the_batch(n):
+    from vt_drloc.train import some_images
+    class Loader:
+        n = 10_000
+        def __init__(self, bs): self.bs = bs
+        def __iter__(self): return iter([(o,) for o in torch.arange(10_000)[:,None,None,None].split(self.bs)])
+    want = torch.arange(0, 10_000, max(1, 10_000//n))
+    for bs in (3, 500, 512, 2000, 10_000): assert torch.equal(some_images(Loader(bs), n).flatten(), want)
+
+# --- what a recipe refuses
+
+@pytest.mark.parametrize('kw,says', [
+    (dict(epochs=2.5), 'epochs=2.5: give a whole number, such as 100'), (dict(epochs='2'), "epochs='2': give a whole number"), (dict(m=2.5), 'm=2.5: .*such as 64'),
+    (dict(seed=1.5), 'seed=1.5: give a whole number'), (dict(seed=None), 'seed=None: give a whole number'), (dict(bs=None), 'bs=None: give a whole number, such as 512'),
+    (dict(bs=True), 'bs=True: give a whole number'), (dict(laid_out=2.5), 'laid_out=2.5: give a whole number, or leave it out'), (dict(heldout=.1), 'heldout=0.1: give a whole'),
+    (dict(epochs=float('inf')), 'epochs=inf: give a whole number'), (dict(lambda_drloc='0.1', drloc='paper'), "lambda_drloc='0.1': give a number, or leave it out"),
+    (dict(share='a'), "share='a': give a number, such as 1.0"), (dict(lr=None), 'lr=None: give a number'), (dict(warmup=True), 'warmup=True: give a number'),
+    (dict(mix='no'), "mix='no': give True or False$"), (dict(compile=None), 'compile=None: give True or False'),
+    (dict(size=(16,32)), r'size=\(16, 32\): give one side in pixels.*get_dls and create_model.*\(height, width\)'), (dict(size=16.), 'size=16.0: give a whole number, or leave it out')], ids=str)
+def test_a_recipe_refuses_what_is_not_of_its_kind(kw, says):
+    with pytest.raises(ValueError, match=says): Recipe(**kw).check()
+
+def test_a_recipe_takes_whole_numbers_where_fractions_may_stand():
+    r = Recipe(warmup=5, lr=1, share=1, drloc='paper', lambda_drloc=0, drop_path=0, clip=5, size=None, laid_out=None).check()
+    assert r.check()==r

@@ -16,6 +16,7 @@ __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'Deca
 import contextlib, glob, json, math, os, platform, sys, time
 from dataclasses import dataclass, asdict, fields, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ from .callback import DrlocCallback, StopOnNonFinite, _rank
 from .data import MemoryDL, MemoryImages, get_dls, list_data, stratified
 from .augment import get_tfms, AsOne, MixupCutmix
 from .models import MODELS, create_model, demo_cvt, list_models, model_info, replacing, save_model
-from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, best_constant, drloc_callback, lambda_schedule
+from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, OffsetMLP, best_constant, drloc_callback, lambda_schedule
 from .compare import device_name, git_revision
 from .gpus import SeveralProcesses, own_seed, processes, rank0_before_others, share, world
 from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, generators, go_on, progress, set_generators, set_progress
@@ -49,7 +50,7 @@ if __name__=='__main__' and getattr(__spec__, 'name', '')=='vt_drloc.train': # p
 # %% ../nbs/10_train.ipynb #0e8e976a
 @dataclass
 class Recipe:
-    "All settings of a run; the defaults are the paper's protocol"
+    "All settings of a run; optimizer, schedule and mixing are by default the paper's"
     data:str = 'cifar10'          # data set: a name (cifar10, cifar100, digits, ...) or a folder with train/ and valid/ class folders
     model:str = 'cvt_mini'        # network: a name of the registry (cvt_mini, swin_t, t2t_vit_14, cvt_13, vit_base_16, resnet50, ...)
     drloc:str = 'none'            # side task: none, paper, or released (as in the authors' code)
@@ -110,6 +111,19 @@ _limits = [(('epochs','bs','lr','eps'), lambda v: v > 0, 'must be above 0'),
            (('size',), lambda v: v >= 1, 'an image side is at least one pixel'),
            (('share',), lambda v: 0 < v <= 1, 'a share of the training images is above 0 and at most 1; 0.1 is a tenth')]
 
+_kinds = {int: (Integral,'a whole number'), float: (Real,'a number'), bool: (bool,'True or False')}
+
+def _of_their_kind(r):
+    "Refuse what is not of a field's type: whole numbers, numbers, yes or no"
+    for f in fields(r):
+        v = getattr(r, f.name)
+        if f.type not in _kinds or v is None and f.default is None: continue
+        kind,what = _kinds[f.type]
+        if isinstance(v, kind) and isinstance(v, bool)==(f.type is bool): continue
+        if f.name=='size' and is_listy(v): what = 'one side in pixels, such as 32; oblong images are for get_dls and create_model, which take (height, width)'
+        else: what += ', or leave it out' if f.default is None else f', such as {f.default}' if f.type is not bool else ''
+        raise ValueError(f'{f.name}={v!r}: give {what}')
+
 def _in_limits(r):
     "Refuse numbers that cannot be meant"
     for names,ok,why in _limits:
@@ -138,6 +152,7 @@ def _fits(r):
 # %% ../nbs/10_train.ipynb #037ac160
 def _checked(r):
     "Refuse names and numbers that cannot be run"
+    _of_their_kind(r)
     for what,name,names in (('model',r.model,list_models()),('drloc preset',r.drloc,DRLOC),('variant',r.variant,VARIANTS),('control',r.control,CONTROLS),('pool',r.pool,POOLS),
                             ('precision',r.precision,PRECISIONS),('schedule',r.schedule,['',*SCHEDULES])):
         _known(what, name, names)
@@ -437,12 +452,15 @@ class KeepWeights(Callback):
 @torch.no_grad()
 def side_task_error(
     model:nn.Module, # a backbone
-    mlp:nn.Module, # its localization MLP
+    mlp:nn.Module, # its `LocalizationMLP`, trained by `DrlocLoss`: Eq. 2 on the whole grid; for a `DrlocFamily` there is `task_error`
     x:torch.Tensor, # (B, C, H, W) normalised images
     m:int=256, # pairs an image
     seed:int=0 # of the pairs
 )->torch.Tensor: # (2,) mean error in cells: rows, columns
     "Error of the side task on a batch of images"
+    if isinstance(mlp, OffsetMLP) or not isinstance(getattr(mlp, 'dim', None), int):
+        raise ValueError(f"mlp is a {type(mlp).__name__}, and only a LocalizationMLP answers in the units of Eq. 2 on the whole grid: "
+                         "give its loss to task_error(loss, grids(as_backbone(model), x)), which knows how to read it")
     was,bb = model.training,as_backbone(model)
     model.eval()
     grid = bb.grid(bb.forward_features(x), x.shape[-2:])
@@ -465,8 +483,11 @@ def some_images(
     n:int # about how many
 )->torch.Tensor: # (about n, C, H, W), spread evenly over the set
     "Every k-th image of a loader"
-    k = max(1, dl.n//n)
-    return torch.cat([b[0].as_subclass(torch.Tensor)[::k] for b in dl])
+    k,seen,res = max(1, dl.n//n),0,[]
+    for x,*_ in dl:
+        res.append(x.as_subclass(torch.Tensor)[-seen%k::k])
+        seen += len(x)
+    return torch.cat(res)
 
 # %% ../nbs/10_train.ipynb #c6dd5746
 @torch.no_grad()
