@@ -65,6 +65,8 @@ def rank0_before_others():
     if not _rank(): agreed()
 
 # %% ../nbs/20_gpus.ipynb #30a1cefe
+def _alone(x, cpu=True, gather=True): return to_detach(x, cpu, False)      # fastai would gather each batch of all processes
+
 def share(
     dl, # a fastai `DataLoader`; changed in place
     rank:int=None, # of this process
@@ -86,7 +88,7 @@ def share(
         return [i for s in range(0, steps*bs, bs) for i in idxs[s+rank*b:s+(rank+1)*b]]
     mine = steps*b if dl.drop_last else len(range(rank, total, n))
     dl.n,dl.bs,dl.get_idxs = mine,b if dl.drop_last else bs,MethodType(get_idxs, dl)
-    dl.to_detach = lambda x, cpu=True, gather=True: to_detach(x, cpu, False)  # sums are added up once, at the end
+    dl.to_detach = _alone                # sums are added up once, at the end
     return dl
 
 # %% ../nbs/20_gpus.ipynb #e7f7394e
@@ -102,10 +104,12 @@ class SeveralProcesses(Callback):
     "Trains one network in several processes, each on its share of every batch"
     order = 11
     def before_fit(self):
-        undo,dev = self.learn._drloc_undo,next(self.model.parameters()).device
+        undo,dev = vars(self.learn).get('_drloc_undo'),next(self.model.parameters()).device
         self.inner = self.model
+        if undo is None: return             # not in a fit: `validate`, `get_preds` and `predict` need no gradients
         self.wrapped = DistributedDataParallel(self.inner, device_ids=[dev.index] if dev.type=='cuda' else None, gradient_as_bucket_view=True)
         undo.callback(setattr, self.learn, 'model', self.inner)
+        undo.callback(vars(self).pop, 'wrapped', None)      # an exported Learner has no processes
         if _rank():
             undo.callback(setattr, self.learn, 'logger', self.learn.logger)
             self.learn.logger = noop
@@ -116,9 +120,12 @@ class SeveralProcesses(Callback):
     def before_train(self): self.learn.model = self.wrapped
     def before_validate(self):
         self.learn.model = self.inner
-        for b in self.inner.buffers(): torch.distributed.broadcast(b, 0)
+        if not self._shared(): self.dl.to_detach = _alone
+        for b in self.inner.buffers() if self._shared() else (): torch.distributed.broadcast(b, 0)
     def after_train(self): _add_up([self.recorder.smooth_loss])
-    def after_validate(self): _add_up(self.recorder._valid_mets)
+    def after_validate(self):
+        if self._shared(): _add_up(self.recorder._valid_mets)
+    def _shared(self): return world()>1 and any(self.dl is o for o in self.dls.loaders)     # `get_preds` and `predict` make a loader of their own, of all images
 
 def _add_up(metrics):
     "Sum totals and counts over all processes"

@@ -8,13 +8,15 @@ Docs: https://SET_ME.github.io/vt_drloc/train.html.md"""
 __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'DecayRule', 'FusedAdamW', 'DeviceRecorder', 'Fp16',
            'precision_on', 'TensorCores', 'GradientNorms', 'circumstances', 'augmentation', 'RunRecord', 'KeepWeights',
            'side_task_error', 'controls', 'some_images', 'grids', 'task_error', 'fit_probe', 'position_report',
-           'Position', 'run_name', 'PermutedTargets', 'DetachedFeatures', 'build', 'train', 'Settings', 'settings',
-           'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report', 'demo_main']
+           'Position', 'run_name', 'PermutedTargets', 'DetachedFeatures', 'CrossEntropy', 'build', 'train', 'Settings',
+           'settings', 'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report',
+           'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
 import contextlib, json, math, os, platform, sys, time
 from dataclasses import dataclass, asdict, fields, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ from fastcore.script import call_parse
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
+from fastai.callback.schedule import LRFinder, ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.callback.training import GradientClip
 import vt_drloc
 from .hybrid import Adapter, as_backbone, unwrap
@@ -34,7 +36,7 @@ from .callback import DrlocCallback, StopOnNonFinite, _rank
 from .data import MemoryDL, MemoryImages, get_dls, list_data, stratified
 from .augment import get_tfms, AsOne, MixupCutmix
 from .models import MODELS, create_model, demo_cvt, list_models, model_info, replacing, save_model
-from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, best_constant, drloc_callback, lambda_schedule
+from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, OffsetMLP, best_constant, drloc_callback, lambda_schedule
 from .compare import device_name, git_revision
 from .gpus import SeveralProcesses, own_seed, processes, rank0_before_others, share, world
 from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, generators, go_on, progress, set_generators, set_progress
@@ -48,7 +50,7 @@ if __name__=='__main__' and getattr(__spec__, 'name', '')=='vt_drloc.train': # p
 # %% ../nbs/10_train.ipynb #0e8e976a
 @dataclass
 class Recipe:
-    "All settings of a run; the defaults are the paper's protocol"
+    "All settings of a run; optimizer, schedule and mixing are by default the paper's"
     data:str = 'cifar10'          # data set: a name (cifar10, cifar100, digits, ...) or a folder with train/ and valid/ class folders
     model:str = 'cvt_mini'        # network: a name of the registry (cvt_mini, swin_t, t2t_vit_14, cvt_13, vit_base_16, resnet50, ...)
     drloc:str = 'none'            # side task: none, paper, or released (as in the authors' code)
@@ -109,6 +111,19 @@ _limits = [(('epochs','bs','lr','eps'), lambda v: v > 0, 'must be above 0'),
            (('size',), lambda v: v >= 1, 'an image side is at least one pixel'),
            (('share',), lambda v: 0 < v <= 1, 'a share of the training images is above 0 and at most 1; 0.1 is a tenth')]
 
+_kinds = {int: (Integral,'a whole number'), float: (Real,'a number'), bool: (bool,'True or False')}
+
+def _of_their_kind(r):
+    "Refuse what is not of a field's type: whole numbers, numbers, yes or no"
+    for f in fields(r):
+        v = getattr(r, f.name)
+        if f.type not in _kinds or v is None and f.default is None: continue
+        kind,what = _kinds[f.type]
+        if isinstance(v, kind) and isinstance(v, bool)==(f.type is bool): continue
+        if f.name=='size' and is_listy(v): what = 'one side in pixels, such as 32; oblong images are for get_dls and create_model, which take (height, width)'
+        else: what += ', or leave it out' if f.default is None else f', such as {f.default}' if f.type is not bool else ''
+        raise ValueError(f'{f.name}={v!r}: give {what}')
+
 def _in_limits(r):
     "Refuse numbers that cannot be meant"
     for names,ok,why in _limits:
@@ -137,6 +152,7 @@ def _fits(r):
 # %% ../nbs/10_train.ipynb #037ac160
 def _checked(r):
     "Refuse names and numbers that cannot be run"
+    _of_their_kind(r)
     for what,name,names in (('model',r.model,list_models()),('drloc preset',r.drloc,DRLOC),('variant',r.variant,VARIANTS),('control',r.control,CONTROLS),('pool',r.pool,POOLS),
                             ('precision',r.precision,PRECISIONS),('schedule',r.schedule,['',*SCHEDULES])):
         _known(what, name, names)
@@ -177,10 +193,13 @@ def decays(
     spared = 'pos_embed', 'cls_token', 'relative_position_bias_table', 'table', '.pos'
     return p.ndim > 1 and not any(name.endswith(s) for s in spared)
 
+def _in_fit(learn): return '_drloc_undo' in vars(learn)     # `validate`, `get_preds` and `predict` are none
+
 class DecayRule(Callback):
     "Marks the model's parameters in the optimizer by `decays`"
     order = -5
     def before_fit(self):
+        if not _in_fit(self.learn): return
         for n,p in self.model.named_parameters(): self.opt.state[p]['do_wd'] = decays(n, p)
 
 # %% ../nbs/10_train.ipynb #9d635077
@@ -223,13 +242,18 @@ class DeviceRecorder(Recorder):
     name = 'recorder'
     def __init__(self, every:int=50, **kwargs): # steps between two looks at the loss
         super().__init__(**kwargs)
-        self.every,self.smooth_loss = every,_MeanLoss()
+        self.every,self.stock = every,self.smooth_loss
+        self.smooth_loss = self.mean = _MeanLoss()
+    def before_fit(self):
+        self.finds = bool(self.learn._grab_cbs(LRFinder))
+        self.smooth_loss = self.stock if self.finds else self.mean
+        super().before_fit()
     def before_train(self):
         super().before_train()
-        self.smooth_loss.reset()
+        if not self.finds: self.smooth_loss.reset()
         self.train_start = time.perf_counter()
     def after_batch(self):
-        if not self.training: return super().after_batch()
+        if self.finds or not self.training: return super().after_batch()
         self.smooth_loss.accumulate(self.learn)
         if self.smooth_loss.count%self.every == 1: self.learn.smooth_loss = tensor(self.smooth_loss.value)
     def after_train(self):
@@ -245,7 +269,7 @@ class Fp16(MixedPrecision):
         super().__init__('fp16', **kwargs)
         self.kind = torch.device(device).type
     def before_fit(self):
-        if not isinstance(self.opt, FusedAdamW):
+        if _in_fit(self.learn) and not isinstance(self.opt, FusedAdamW):
             raise ValueError(f"Fp16 needs FusedAdamW, not {type(self.opt).__name__}; with other optimizers use fastai's MixedPrecision('fp16')")
         self.autocast,self.learn.scaler = torch.autocast(self.kind, torch.float16),torch.amp.GradScaler(self.kind, **self.kwargs)
     def before_step(self):
@@ -275,6 +299,7 @@ class TensorCores(Callback):
     "Float32 products on tensor cores (TF32) for as long as a fit lasts"
     order = -20
     def before_fit(self):
+        if not _in_fit(self.learn): return
         self.learn._drloc_undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision('high')
 
@@ -326,6 +351,8 @@ def augmentation(
     return dict(name=name, transforms=[type(t).__name__ for t in fs], **{'mode': t.mode for t in fs if hasattr(t, 'mode') and hasattr(t, 'erase')})
 
 # %% ../nbs/10_train.ipynb #6d1f0a42
+def _in_run(learn): return _in_fit(learn) and not learn._grab_cbs(LRFinder)
+
 class RunRecord(Callback):
     "Writes the run record after each epoch"
     order = 65
@@ -336,6 +363,10 @@ class RunRecord(Callback):
     ): store_attr()
 
     def before_fit(self):
+        self.run = self.run and _in_run(self.learn)
+        if not self.run: return
+        anew = not getattr(getattr(self.learn, 'checkpoints', None), 'state', None)      # a run that goes on has a record already
+        if anew: self._spare()
         dev = next(self.model.parameters()).device
         self.start,self.apart = time.perf_counter(),0.
         self.rec = dict(format=1, status='cut short', recipe=asdict(self.recipe), params=sum(p.numel() for p in self.model.parameters()),
@@ -343,8 +374,16 @@ class RunRecord(Callback):
             augmentation=augmentation(self.dls.train, self.recipe.tfms),
             **circumstances(dev), precision=precision_on(self.recipe.precision, dev), processes=world(), runs_on_device=self.beside,
             started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), epochs=[])
-        cb = getattr(self.learn, 'checkpoints', None)
-        if not (cb and cb.state): self.write()          # a run that goes on has one already
+        if anew: self.write()
+
+# %% ../nbs/10_train.ipynb #6d1f0a44
+@patch
+def _spare(self:RunRecord):
+    "Refuse to write over a complete record: another recipe's, or that of this Learner's own run"
+    _guard(Path(self.path), self.recipe)
+    if Path(self.path).exists() and getattr(self, 'rec', {}).get('status')=='complete':
+        raise ValueError(f"{self.path} is the complete record of a run that this Learner has finished: "
+                         "build the next one anew, with a name (--name) or a folder of its own (--out); to train on without a record, learn.remove_cbs([RunRecord,KeepWeights,Position])")
 
 # %% ../nbs/10_train.ipynb #fd8d913a
 @patch
@@ -413,12 +452,15 @@ class KeepWeights(Callback):
 @torch.no_grad()
 def side_task_error(
     model:nn.Module, # a backbone
-    mlp:nn.Module, # its localization MLP
+    mlp:nn.Module, # its `LocalizationMLP`, trained by `DrlocLoss`: Eq. 2 on the whole grid; for a `DrlocFamily` there is `task_error`
     x:torch.Tensor, # (B, C, H, W) normalised images
     m:int=256, # pairs an image
     seed:int=0 # of the pairs
 )->torch.Tensor: # (2,) mean error in cells: rows, columns
     "Error of the side task on a batch of images"
+    if isinstance(mlp, OffsetMLP) or not isinstance(getattr(mlp, 'dim', None), int):
+        raise ValueError(f"mlp is a {type(mlp).__name__}, and only a LocalizationMLP answers in the units of Eq. 2 on the whole grid: "
+                         "give its loss to task_error(loss, grids(as_backbone(model), x)), which knows how to read it")
     was,bb = model.training,as_backbone(model)
     model.eval()
     grid = bb.grid(bb.forward_features(x), x.shape[-2:])
@@ -441,8 +483,11 @@ def some_images(
     n:int # about how many
 )->torch.Tensor: # (about n, C, H, W), spread evenly over the set
     "Every k-th image of a loader"
-    k = max(1, dl.n//n)
-    return torch.cat([b[0].as_subclass(torch.Tensor)[::k] for b in dl])
+    k,seen,res = max(1, dl.n//n),0,[]
+    for x,*_ in dl:
+        res.append(x.as_subclass(torch.Tensor)[-seen%k::k])
+        seen += len(x)
+    return torch.cat(res)
 
 # %% ../nbs/10_train.ipynb #c6dd5746
 @torch.no_grad()
@@ -564,6 +609,10 @@ def after_fit(self:Position):
         if 'position' in record.rec: record.rec['position']['seconds'] = round(record.apart, 2)
         record.write()
 
+# %% ../nbs/10_train.ipynb #0638a48b
+@patch
+def before_fit(self:KeepWeights|Position): self.run = self.run and _in_run(self.learn)
+
 # %% ../nbs/10_train.ipynb #b1a50012
 def _own(r):
     "Settings that the name of a run tells, where they are not the default"
@@ -674,6 +723,12 @@ def _as_one(dl, device):
     "Compile what is done to a batch as well, on a GPU, where all batches have one shape"
     if device.type=='cuda' and isinstance(dl, MemoryDL): dl.after_batch = AsOne(dl.after_batch)
 
+# %% ../nbs/10_train.ipynb #a07c70e9
+class CrossEntropy(nn.CrossEntropyLoss):
+    "PyTorch's cross-entropy, which knows what the network's answers mean"
+    def activation(self, out): return out.softmax(-1)
+    def decodes(self, out): return out.argmax(-1)
+
 # %% ../nbs/10_train.ipynb #46ddde78
 def build(
     recipe:Recipe, # what to run
@@ -709,7 +764,7 @@ def build(
     for dl in dls: share(dl)
     if _rank(): set_seed(own_seed(r.seed))
     opt_func = partial(FusedAdamW, mom=r.mom, sqr_mom=r.sqr_mom, eps=r.eps, wd=r.wd)
-    return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, lr=r.lr, metrics=accuracy, cbs=cbs, default_cbs=False,
+    return Learner(dls, model, loss_func=CrossEntropy(), opt_func=opt_func, lr=r.lr, metrics=accuracy, cbs=cbs, default_cbs=False,
                    path=Path(out or '.'))
 
 # %% ../nbs/10_train.ipynb #c41e7d05
