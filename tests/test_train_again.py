@@ -202,3 +202,26 @@ def test_a_recipe_refuses_what_is_not_of_its_kind(kw, says):
 def test_a_recipe_takes_whole_numbers_where_fractions_may_stand():
     r = Recipe(warmup=5, lr=1, share=1, drloc='paper', lambda_drloc=0, drop_path=0, clip=5, size=None, laid_out=None).check()
     assert r.check()==r
+
+# ---- a run's checkpoints, and what came of a graph
+
+@pytest.mark.parametrize('ask', [lambda l: l.validate(), lambda l: l.get_preds(), lambda l: l.lr_find(show_plot=False, num_it=5)], ids=['validate','get_preds','lr_find'])
+def test_checkpoints_sleep(ask, tmp_path):
+    "Outside a run nothing is written, and nothing is asked of a fit that is not there"
+    learn = made(replace(small, name='a'), out=tmp_path, save_every='2')
+    with learn.no_logging(), learn.no_bar(): ask(learn)
+    assert not list(tmp_path.glob('*.ckpt'))
+    fit(learn, small.epochs)
+    assert json.loads((tmp_path/'a.json').read_text())['status']=='complete'
+    with learn.no_logging(), learn.no_bar(): ask(learn)
+
+def test_a_graph_that_cannot_be_is_said():
+    with pytest.warns(UserWarning, match='step_graph: no step is recorded as a graph with the network on the cpu'): made(replace(small, step_graph=True))
+
+def test_a_record_says_what_came_of_a_graph(tmp_path):
+    from vt_drloc.step_graph import StepGraph, Tape
+    learn = made(replace(small, name='g'), out=tmp_path)
+    learn.add_cb(StepGraph(kind=Tape))
+    fit(learn, small.epochs)
+    rec = json.loads((tmp_path/'g.json').read_text())
+    assert rec['one_graph']['why']=='' and rec['one_graph']['recorded']>=1

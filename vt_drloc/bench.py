@@ -881,7 +881,7 @@ def timm_convit(
 # %% ../nbs/22_bench.ipynb #7a1bd0e4
 PEERS = {f.__name__:f for f in (cct_7_3x1, simple_vit, timm_vit, timm_convit)}
 PLANS = {'hybrid_s': Plan('hybrid_s', 2), 'hybrid_m': Plan('hybrid_m', 9.5, long),
-         'try': Plan('demo_cvt', .05, dict(data='digits', bs=64, lr=8e-3, warmup=1, tfms='none', mix=False, compile=False), 300),
+         'try': Plan('demo_cvt', .05, dict(data='digits', bs=64, lr=8e-3, warmup=1, tfms='none', mix=False, compile=False, step_graph=False), 300),
          **{n: Plan(n, 2, dict(drloc='none')) for n in PEERS},
          **{f'{n}_long': Plan(n, 9.5, dict(long, drloc='none', drop_path=0.)) for n in PEERS}}
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import ParamScheduler
+from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from .hybrid import unwrap
 from .models import replacing
@@ -405,6 +405,8 @@ def _rest_of_epoch(learn, done, now):
 # %% ../nbs/20_resume.ipynb #45c21c9d
 @patch
 def before_fit(self:Checkpoints):
+    self.run = self.run and '_drloc_undo' in vars(self.learn) and not self.learn._grab_cbs(LRFinder) # `validate`, `predict` and `lr_find` are no runs
+    if not self.run: return
     self.last,self.cancelled = time.monotonic(),False
     self.learn._drloc_undo.callback(self.wait)
     remembered(self.dls.train)

@@ -394,6 +394,7 @@ def after_epoch(self:RunRecord):
     norms = {k: float(f'{v:.4g}') for k,v in getattr(getattr(self.learn, 'gradient_norms', None), 'found', {}).items()}
     self.rec['epochs'].append(dict(epoch=self.epoch, **row, lr=self.opt.hypers[-1]['lr'],
         images_per_s=round(n/self.recorder.train_s, 1), **norms, train_s=round(self.recorder.train_s, 3), wall_s=round(time.perf_counter()-self.start, 2)))
+    if graph := getattr(self.learn, 'step_graph', None): self.rec['one_graph'] = graph.told    # what came of it, and not only what was asked for
     self.write()
 
 # %% ../nbs/10_train.ipynb #b2130e8b
@@ -730,6 +731,12 @@ class CrossEntropy(nn.CrossEntropyLoss):
     def decodes(self, out): return out.argmax(-1)
 
 # %% ../nbs/10_train.ipynb #46ddde78
+def _step_graph(device):
+    "The callback that records steps, if there is one GPU alone"
+    if _one_gpu(device): return [StepGraph()]
+    if not _rank(): warn(f"step_graph: no step is recorded as a graph with {f'{world()} processes' if world()>1 else f'the network on the {device.type}'}, they run as ever")
+    return []
+
 def build(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
@@ -755,7 +762,7 @@ def build(
     if r.fast and device.type=='cuda': _speed_up(model)
     cbs = _callbacks(r, device, weights, bar and not _rank())
     if r.drloc!='none': cbs.append(_side_task(r, model, size, _compile_args(r, device) if r.compile else None))
-    if r.step_graph and _one_gpu(device): cbs.append(StepGraph())
+    if r.step_graph: cbs += _step_graph(device)
     if r.compile:
         model.compile(**_compile_args(r, device))
         _same_batches(dls.valid, _judged_at_once(size, device))
