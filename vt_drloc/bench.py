@@ -1125,7 +1125,7 @@ def _work(job, device):
 
 def _in_order(device, minutes, beside):
     "Refuse what no section can run with"
-    if device not in ('cuda','cpu'): raise ValueError(f"--device {device}: give 'cuda' or 'cpu'; which GPUs there are says CUDA_VISIBLE_DEVICES")
+    if device not in ('cuda','cpu'): raise ValueError(f"--device {device}: give 'cuda' or 'cpu', and choose among GPUs by CUDA_VISIBLE_DEVICES")
     if not minutes>0: raise ValueError(f"--minutes {minutes}: give more than 0")
     if beside<1: raise ValueError(f"--beside {beside}: at least one run at a time")
 
