@@ -411,7 +411,9 @@ def before_fit(self:Checkpoints):
     self.learn._drloc_undo.callback(self.wait)
     remembered(self.dls.train)
     if self.state is None:
-        if self.first: self.save(0, 0)
+        if self.first:
+            self.save(0, 0)
+            self.wait()
         return
     at = self.state['at']
     if at['n_epoch'] != self.n_epoch: raise ResumeError(f"the checkpoint is of a fit of {at['n_epoch']} epochs, this is one of {self.n_epoch}")
