@@ -241,19 +241,17 @@ import triton
 from triton.compiler import ASTSource
 from triton.backends.compiler import GPUTarget
 import vt_drloc.speed as s
-numbers = dict(bias='*fp32', dbias='*fp32', B='i32', H='i32', W='i32', scale='fp32')
-for cap,half,fixed in ((90,'*bf16',dict(HEADS=3, D=32, S=7, N=49, P=64, SR=3, SC=3, BIAS=True)), (75,'*fp16',dict(HEADS=3, D=32, S=7, N=49, P=64, SR=3, SC=3, BIAS=True)),
-                       (75,'*fp16',dict(HEADS=4, D=64, S=8, N=64, P=64, SR=0, SC=0, BIAS=False))):
-    for kernel in (s._window_forward, s._window_backward):
-        names,fixed = kernel.arg_names,dict(fixed, PREC='tf32')
-        sig = {k: 'constexpr' if k in fixed else numbers.get(k, half) for k in names}
-        made = triton.compile(ASTSource(kernel, sig, constexprs={(names.index(k),):v for k,v in fixed.items()}), target=GPUTarget('cuda', cap, 32))
-        assert f'.entry {kernel.__name__}' in made.asm['ptx'] and made.metadata.shared<=(64 if cap==75 else 227)*1024
+names,numbers = s._window_backward.arg_names,dict(bias='*fp32', dbias='*fp32', B='i32', H='i32', W='i32', scale='fp32')     # the larger of the two kernels
+for fixed in (dict(HEADS=3, D=32, S=7, N=49, P=64, SR=3, SC=3, BIAS=True), dict(HEADS=4, D=64, S=8, N=64, P=64, SR=0, SC=0, BIAS=False)):
+    fixed |= dict(PREC='tf32')
+    sig = {k: 'constexpr' if k in fixed else numbers.get(k, '*fp16') for k in names}
+    made = triton.compile(ASTSource(s._window_backward, sig, constexprs={(names.index(k),):v for k,v in fixed.items()}), target=GPUTarget('cuda', 75, 32))
+    assert '.entry _window_backward' in made.asm['ptx'] and made.metadata.shared<=64*1024
 print('done')'''
 
 @kernels
 def test_kernels_compile_for_a_gpu_that_is_not_there():
-    "For Swin-T's windows on an H200, and on a T4 as Colab lends it, which has 64 KiB a program, beside them a hybrid's 64 tokens"
+    "For Swin-T's windows and a hybrid's 64 tokens on a T4, as Colab lends it, which has 64 KiB a program"
     env = {k:v for k,v in os.environ.items() if k!='TRITON_INTERPRET'}
     res = subprocess.run([sys.executable,'-c',COMPILE], capture_output=True, text=True, env=env)
     assert res.stdout.strip()=='done', res.stderr

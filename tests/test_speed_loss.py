@@ -365,15 +365,17 @@ def build(kernel, low, cap, **fixed):
     code = ASTSource(kernel, sig, constexprs={(names.index(k),):v for k,v in fixed.items()})
     made = triton.compile(code, target=GPUTarget('cuda', cap, 32))
     assert f'.entry {kernel.__name__}' in made.asm['ptx'] and made.metadata.shared<=(64 if cap==75 else 227)*1024
-for cap,ones in ((90, ({},dict(prefix=1))), (75, ({},))):        # an H200, where a number that is 1 is known to the compiler, and a T4 as Colab lends it
-    for low in (True,False):
-        for one in ones:
-            for cells in (True,False):
-                build(s._pairs_forward, low, cap, H=512, BH=128, BM=16, CELLS=cells, **one)
-                build(s._pairs_backward, low, cap, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low, **one)
-            build(s._pairs_to_cells, low, cap, D=384, BD=128, BM=32, NB=64, LOW=low, **one)
-        build(s._pairs_look_up, low, cap, BD=512, BM=16, LOW=low)
-    for prefix in (0,1): build(s._cells_round, True, cap, prefix=prefix, BLOCK=2048)
+for low in (True,False):                                         # for an H200
+    for one in ({},dict(prefix=1)):                              # a number that is 1 is known to the compiler
+        for cells in (True,False):
+            build(s._pairs_forward, low, 90, H=512, BH=128, BM=16, CELLS=cells, **one)
+            build(s._pairs_backward, low, 90, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low, **one)
+        build(s._pairs_to_cells, low, 90, D=384, BD=128, BM=32, NB=64, LOW=low, **one)
+    build(s._pairs_look_up, low, 90, BD=512, BM=16, LOW=low)
+for prefix in (0,1): build(s._cells_round, True, 90, prefix=prefix, BLOCK=2048)
+build(s._pairs_forward, False, 75, H=512, BH=128, BM=16, CELLS=True)                                     # for a T4, as Colab lends it: fp16 rounds nothing here
+build(s._pairs_backward, False, 75, H=512, BH=64, BM=32, NB=64, CELLS=True, LOW=False)
+build(s._pairs_to_cells, False, 75, D=384, BD=128, BM=32, NB=64, LOW=False)
 print('done')'''
 
 @kernels
