@@ -225,3 +225,15 @@ def test_a_record_says_what_came_of_a_graph(tmp_path):
     fit(learn, small.epochs)
     rec = json.loads((tmp_path/'g.json').read_text())
     assert rec['one_graph']['why']=='' and rec['one_graph']['recorded']>=1
+
+@pytest.mark.parametrize('look', ['side_task_error','position_report','pool'])
+def test_looking_at_position_keeps_frozen_norms_frozen(look):
+    from vt_drloc.loss import LocalizationMLP
+    from vt_drloc.train import _pool, position_report, side_task_error
+    net,x = demo_cvt(10).train(), torch.randn(4, 3, 16, 16)
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m in norms: m.eval()
+    before = [m.training for m in net.modules()]
+    dict(side_task_error=lambda: side_task_error(net, LocalizationMLP(net.num_features, 16), x, 8), position_report=lambda: position_report(net, x, steps=1),
+         pool=lambda: _pool(replace(small, pool='auto'), net, (16,16)))[look]()
+    assert norms and [m.training for m in net.modules()]==before

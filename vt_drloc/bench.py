@@ -654,6 +654,7 @@ def _seconds_each(run, n, device):
     _wait(device)
     return (time.perf_counter()-t)/n
 
+# %% ../nbs/22_bench.ipynb #5b0e005b
 def order_rows(device, rounds, minutes, say, widths=(64,128,192,256,384,512,768,2048), batch=512, side=8, seconds=.05, **_):
     "Seconds of the side task's loss and gradients in both orders, in turns, for each number of features"
     from vt_drloc.step_graph import CudaGraph, Replayed, Tape

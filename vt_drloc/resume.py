@@ -403,9 +403,11 @@ def _rest_of_epoch(learn, done, now):
     for o in batches: learn.one_batch(*o)
 
 # %% ../nbs/20_resume.ipynb #45c21c9d
+def _in_run(learn): return '_drloc_undo' in vars(learn) and not learn._grab_cbs(LRFinder) # `validate`, `predict` and `lr_find` are no runs
+
 @patch
 def before_fit(self:Checkpoints):
-    self.run = self.run and '_drloc_undo' in vars(self.learn) and not self.learn._grab_cbs(LRFinder) # `validate`, `predict` and `lr_find` are no runs
+    self.run = self.run and _in_run(self.learn)
     if not self.run: return
     self.last,self.cancelled = time.monotonic(),False
     self.learn._drloc_undo.callback(self.wait)

@@ -162,6 +162,7 @@ class StepGraph(Callback):
         for o in self.steps.values(): o.graph = None      # its memory goes, its count stays to be read
         if hasattr(learn.opt, 'rates'): learn.opt.rates = None
 
+# %% ../nbs/21_step_graph.ipynb #f39ba736
 @patch
 def _refused(self:StepGraph):
     "Is anything in the way? Then it is said, and all further steps run as ever"
@@ -207,6 +208,7 @@ def _kind_of_step(self:StepGraph):
     state = tuple(m.training for m in self.model.modules()),tuple(p.requires_grad for p in self.model.parameters()),self.era
     return self.training,on,settings,*((t.shape,t.dtype) for t in (*self.xb,*self.yb)),loss,state
 
+# %% ../nbs/21_step_graph.ipynb #0b06a8fe
 @patch
 def _no_more(self:StepGraph, as_ever):
     "A kind too many"

@@ -35,11 +35,11 @@ from .loss import DrlocLoss, best_guess, pair_errors, predict_pairs
 from .callback import DrlocCallback, StopOnNonFinite, _rank
 from .data import MemoryDL, MemoryImages, get_dls, list_data, stratified
 from .augment import get_tfms, AsOne, MixupCutmix
-from .models import MODELS, create_model, demo_cvt, list_models, model_info, replacing, save_model
+from .models import MODELS, create_model, demo_cvt, in_evaluation, list_models, model_info, replacing, save_model
 from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, OffsetMLP, best_constant, drloc_callback, lambda_schedule
 from .compare import device_name, git_revision
 from .gpus import SeveralProcesses, own_seed, processes, rank0_before_others, share, world
-from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, generators, go_on, progress, set_generators, set_progress
+from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, generators, go_on, progress, set_generators, set_progress, _in_run
 from .step_graph import StepGraph
 
 # %% ../nbs/10_train.ipynb #551f9486
@@ -351,8 +351,6 @@ def augmentation(
     return dict(name=name, transforms=[type(t).__name__ for t in fs], **{'mode': t.mode for t in fs if hasattr(t, 'mode') and hasattr(t, 'erase')})
 
 # %% ../nbs/10_train.ipynb #6d1f0a42
-def _in_run(learn): return _in_fit(learn) and not learn._grab_cbs(LRFinder)
-
 class RunRecord(Callback):
     "Writes the run record after each epoch"
     order = 65
@@ -462,12 +460,10 @@ def side_task_error(
     if isinstance(mlp, OffsetMLP) or not isinstance(getattr(mlp, 'dim', None), int):
         raise ValueError(f"mlp is a {type(mlp).__name__}, and only a LocalizationMLP answers in the units of Eq. 2 on the whole grid: "
                          "give its loss to task_error(loss, grids(as_backbone(model), x)), which knows how to read it")
-    was,bb = model.training,as_backbone(model)
-    model.eval()
-    grid = bb.grid(bb.forward_features(x), x.shape[-2:])
+    bb = as_backbone(model)
+    with in_evaluation(model): grid = bb.grid(bb.forward_features(x), x.shape[-2:])
     B,_,h,w = grid.shape
     pairs = sample_pairs(B, m, h, w, x.device, torch.Generator(x.device).manual_seed(seed))
-    model.train(was)
     return pair_errors(predict_pairs(mlp, grid, pairs), pairs, h, w)
 
 def controls(
@@ -560,20 +556,19 @@ def position_report(
     seed:int=0 # of pairs and probe
 )->dict: # side_task and probe: grid, level of guessing, and the error in cells on three kinds of images
     "What a network and its MLP know of position"
-    was,half,res,names = model.training,len(x)//2,{},{'photos': 'images'}
+    half,res,names = len(x)//2,{},{'photos': 'images'}
     fit,judged = x[:half],{names.get(k, k): v for k,v in controls(x[half:], seed).items()}
-    model.eval()
-    if loss is not None:
-        at = tap[-1] if isinstance(tap, list) else tap
-        there = as_backbone(model, **at) if isinstance(at, dict) else as_backbone(model, at)
-        res['side_task'] = _errors(loss, {k: grids(there, v) for k,v in judged.items()}, seed)
-    if steps:
-        there = as_backbone(model)
-        found = grids(there, fit)
-        mean,std = _scale(found)
-        with torch.enable_grad(): probe = fit_probe((found-mean)/std, steps, seed=seed)
-        res['probe'] = dict(_errors(probe, {k: (grids(there, v)-mean)/std for k,v in judged.items()}, seed), steps=steps)
-    model.train(was)
+    with in_evaluation(model):
+        if loss is not None:
+            at = tap[-1] if isinstance(tap, list) else tap
+            there = as_backbone(model, **at) if isinstance(at, dict) else as_backbone(model, at)
+            res['side_task'] = _errors(loss, {k: grids(there, v) for k,v in judged.items()}, seed)
+        if steps:
+            there = as_backbone(model)
+            found = grids(there, fit)
+            mean,std = _scale(found)
+            with torch.enable_grad(): probe = fit_probe((found-mean)/std, steps, seed=seed)
+            res['probe'] = dict(_errors(probe, {k: (grids(there, v)-mean)/std for k,v in judged.items()}, seed), steps=steps)
     return dict(res, images=len(x)-half)
 
 # %% ../nbs/10_train.ipynb #b1a50007
@@ -646,10 +641,8 @@ _controls = dict(permuted=PermutedTargets, detached=DetachedFeatures)
 def _pool(r, model, size):
     "How the side task's grid is pooled"
     if r.pool!='auto': return None if r.pool=='none' else r.pool
-    was,x = model.training,next(model.parameters()).new_zeros(1,3,*size)
-    bb = as_backbone(model.eval())
-    with torch.no_grad(): grid = bb.grid(bb.forward_features(x), size)
-    model.train(was)
+    x,bb = next(model.parameters()).new_zeros(1,3,*size),as_backbone(model)
+    with torch.no_grad(), in_evaluation(model): grid = bb.grid(bb.forward_features(x), size)
     return max(grid.shape[2:])>8 or None
 
 def _side_task(r, model, size, compiling=None):
@@ -730,13 +723,14 @@ class CrossEntropy(nn.CrossEntropyLoss):
     def activation(self, out): return out.softmax(-1)
     def decodes(self, out): return out.argmax(-1)
 
-# %% ../nbs/10_train.ipynb #46ddde78
+# %% ../nbs/10_train.ipynb #46ddde77
 def _step_graph(device):
     "The callback that records steps, if there is one GPU alone"
     if _one_gpu(device): return [StepGraph()]
     if not _rank(): warn(f"step_graph: no step is recorded as a graph with {f'{world()} processes' if world()>1 else f'the network on the {device.type}'}, they run as ever")
     return []
 
+# %% ../nbs/10_train.ipynb #46ddde78
 def build(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
