@@ -538,15 +538,16 @@ def test_goals_of_records_with_gaps():
     [only] = bench.vt_goals(dict(rows=[dict(model='t2t_vit_14', cudnn=False, batch=128, block_s=[.1,.1], peak_bytes=None)]))
     assert 'speed' in only['goal']
 
-def test_a_step_as_one_graph_is_the_same_step():
-    "Both arms in turns, each with its own recording, from the fourth step on"
+@pytest.mark.parametrize('how', ['eager','compiled'])
+def test_a_step_as_one_graph_is_the_same_step(how):
+    "Both arms in turns, each with its own recording, from the fourth step on; on a CPU, where a tape stands in, without compiling"
     both = []
     for one in (False,True):
-        run = Steps(Case(name='graph', batch=4, arms=('eager','eager side'), one_graph=one, **tiny), 'cpu')
+        run = Steps(Case(name='graph', batch=4, arms=(h := how if one else 'eager', f'{h} side'), one_graph=one, **tiny), 'cpu')
         for _ in range(6):
             for arm in run.case.arms: run.step(arm)
         both.append(run)
-    assert sorted(both[1].graphs)==['eager','eager side'] and all(g.graph and g.seen==6 for g in both[1].graphs.values()) and not both[0].graphs
+    assert sorted(both[1].graphs)==[how,f'{how} side'] and all(g.graph and g.seen==6 for g in both[1].graphs.values()) and not both[0].graphs
     assert all(torch.equal(p, q) for p,q in zip(*(r.params for r in both), strict=True))
     assert torch.equal(*(r.generator.get_state() for r in both))
 

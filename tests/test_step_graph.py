@@ -163,6 +163,15 @@ def test_tape():
     x.fill_(5.); tape.replay()
     assert total.tolist() == [12.]*3
 
+def test_tape_knows_what_waits():
+    "Rows by number are looked up again; rows by a mask, whose number only the device knows, are refused"
+    x,i,out = torch.arange(3.),torch.tensor([2,0]),torch.zeros(2)
+    tape = Tape()
+    tape.record(lambda: out.copy_(x[i]))
+    i.fill_(1); tape.replay()
+    assert out.tolist() == [1.,1.]
+    with pytest.raises(RuntimeError, match='waits for a number or a shape'): Tape().record(lambda: x[x>0])
+
 def test_replayed():
     "A step that raises while it is recorded is not taken for recorded"
     seen,total = [],torch.zeros(())

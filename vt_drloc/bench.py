@@ -71,6 +71,7 @@ class Steps:
         device:str='cuda', # Where
     ):
         self.case,self.device = case,torch.device(device)
+        self.taped = case.one_graph and self.device.type!='cuda'
         torch.manual_seed(0)
         self.model = self._model().to(self.device).train()
         self.x = torch.randn(case.batch, 3, case.size, case.size, device=self.device)
@@ -80,7 +81,7 @@ class Steps:
         groups = [dict(params=[p for p in self.params if p.ndim>1]),dict(params=[p for p in self.params if p.ndim<2], weight_decay=0.)]
         self.opt = torch.optim.AdamW(groups, 1e-4, weight_decay=.05, fused=True, **(dict(capturable=True) if case.one_graph and self.device.type=='cuda' else {}))
         self.graphs = self._graphs() if case.one_graph else {}
-        self.forwards = {ways: self._forward(*ways) for ways in {(how, bool(part)) for how,part in map(_words, case.arms)}}
+        self.forwards = {ways: self._forward(*ways) for ways in {('eager' if self.taped else how, bool(part)) for how,part in map(_words, case.arms)}}
 
 # %% ../nbs/22_bench.ipynb #12e700aa
 @patch
@@ -137,6 +138,7 @@ def _forward(self:Steps, how, features):
 def _step(self:Steps, arm):
     "One training step, kernel by kernel"
     how,part = _words(arm)
+    if self.taped: how = 'eager'
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision=='bf16'):
         logits,f = self.forwards[how,bool(part)](self.x)
         loss = F.cross_entropy(logits.float(), self.y)

@@ -20,13 +20,18 @@ from .callback import DrlocCallback, StopOnNonFinite, _JointClip, _autocast_stat
 from .gpus import world
 
 # %% ../nbs/21_step_graph.ipynb #1de99867
+def _waits(func, args):
+    "Does the program need a number from the device before it can go on?"
+    masked = func is not torch.ops.aten.index.Tensor or any(i is not None and i.dtype in (torch.bool,torch.uint8) for i in args[1])
+    return bool({torch.Tag.data_dependent_output,torch.Tag.dynamic_output_shape} & set(func.tags)) and masked
+
 class Tape(TorchDispatchMode):
     "A CUDA graph's rules on any device: Python runs once, its tensor operations again and again, to the same places"
     def __init__(self, generators=()): # those that a step draws from, PyTorch's own apart
         super().__init__()
         self.calls,self.known = [],{g._cdata for g in (torch.default_generator,*generators) if g is not None} # PyTorch hands on another object around the same generator
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if {torch.Tag.data_dependent_output,torch.Tag.dynamic_output_shape} & set(func.tags):
+        if _waits(func, args):
             raise RuntimeError(f"{func} waits for a number or a shape that only the device knows, and a graph cannot")
         if any(isinstance(o, torch.Generator) and o._cdata not in self.known for o in tree_leaves((args, kwargs))):
             raise RuntimeError(f"{func} draws from a generator that the graph was not given; name it in `generators`")
