@@ -218,6 +218,18 @@ def test_search(browser, window):
     window.wait_for_load_state()
     assert window.url.split('?')[0].split('#')[0] != browser.address and 'drloc' in window.locator('main').inner_text().lower()
 
+def test_wrapped_code(browser, window):
+    "A long line goes on to the right of its own beginning, and what is copied is the code as it was"
+    window.set_viewport_size(dict(width=390, height=900))
+    window.goto(browser.address+'21_speed.html')
+    text = re.findall(r'<pre class="sourceCode[^>]*><code[^>]*>(.*?)</code>', read(docs/'21_speed.html'), re.S)
+    want = [html.unescape(re.sub('<[^>]+>', '', t)) for t in text]
+    assert len(want)>20 and window.evaluate("[...document.querySelectorAll('pre.sourceCode > code')].map(c => c.checkVisibility() ? c.innerText : c.textContent)") == want
+    places = window.evaluate("""[...document.querySelectorAll('.code-line')].map(l => { const r = document.createRange(); r.selectNodeContents(l);
+        const rows = [...r.getClientRects()].filter(c => c.width); return [rows[0]?.top, rows[0]?.left, ...rows.filter(c => c.top > rows[0].bottom-2).map(c => c.left)]; })""")
+    wrapped = [p for p in places if len(p)>2]
+    assert len(wrapped)>20 and all(min(p[2:])>p[1] for p in wrapped)
+
 def test_dark_mode(browser):
     "The switch changes the page, and the next page remembers"
     w = browser.new_page(viewport=dict(width=1280, height=900), color_scheme='light')
