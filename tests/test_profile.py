@@ -181,6 +181,25 @@ def flop(f):
     with FlopCounterMode(display=False) as c: f()
     return c.get_total_flops()
 
+@pytest.mark.parametrize('conv', [nn.Conv2d(8, 4, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=4), nn.Conv2d(8, 4, 5, dilation=2, bias=False),
+    nn.ConvTranspose2d(8, 6, 3, stride=2), nn.ConvTranspose2d(8, 6, 3, groups=2)], ids=str)
+def test_each_gradient_of_a_convolution_takes_as_many_products_as_it(conv):
+    def count(needs_grad, **kw):
+        x = torch.zeros(2, 8, 12, 14, requires_grad=needs_grad)
+        with FlopCounterMode(display=False, **kw) as c: y = conv(x); forward = c.get_total_flops(); y.sum().backward()
+        return forward,c.get_total_flops()
+    places = 12*14 if isinstance(conv, nn.ConvTranspose2d) else conv(torch.zeros(1, 8, 12, 14))[0,0].numel()
+    once = 2*2*places*conv.weight.numel()
+    assert count(True, custom_mapping=profile._formulas)==(once,3*once) and count(False, custom_mapping=profile._formulas)==(once,2*once)
+    if conv.groups==1: assert count(True)==(once,3*once)
+
+def test_a_network_of_depthwise_convolutions_costs_three_forward_passes():
+    "But for the gradient of the image"
+    from vt_drloc.compare import multiply_adds
+    m = create_model('cvt_mini', 10).to('meta')
+    least = 3*2*sum(multiply_adds(m, 32).values())
+    assert .95*least < count_work(m, 1, 32) <= least
+
 @interpreted
 @pytest.mark.parametrize('h,w,m', [(9,9,6), (4,4,64)])
 def test_side_task_counts_the_same_fused(h, w, m):

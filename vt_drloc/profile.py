@@ -10,7 +10,7 @@ __all__ = ['GROUPS', 'PUBLISHED', 'TRY', 'kernel_group', 'read_trace', 'covered'
            'main']
 
 # %% ../nbs/22_profile.ipynb #c3f734d4
-import copy, json, re, sys, tempfile, time
+import copy, json, math, re, sys, tempfile, time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -155,6 +155,13 @@ def _pairs_flop(tokens, pairs, w1, b1, w2, b2, prefix, *more, **kw):
 @_formula(torch.ops.vt_drloc.pair_losses_backward)
 def _pairs_back_flop(tokens, pairs, w1, b1, w2, pre, sign, x, derror, prefix, *more, **kw): return 2*_pairs_flop(tokens, pairs, w1, b1, w2, None, prefix, *more)
 
+# %% ../nbs/22_profile.ipynb #0c69dfc5
+def _conv_back_flop(grad, x, w, bias, stride, padding, dilation, transposed, output_padding, groups, mask, *_, **kw):
+    "FLOP of a convolution's gradients, those of its input and of its weights"
+    return sum(mask[:2])*2*grad[0]*math.prod(w)*math.prod((x if transposed else grad)[2:])
+
+_formulas = {torch.ops.aten.convolution_backward: _conv_back_flop}
+
 # %% ../nbs/22_profile.ipynb #915e6c00
 def count_work(
     model:nn.Module, # Network that speaks timm's language; it stays as it is
@@ -167,7 +174,7 @@ def count_work(
     net,mlp = copy.deepcopy((model,mlp))
     device = next(net.parameters()).device
     x = torch.zeros(batch, 3, size, size, device=device)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=_formulas) as counter, sdpa_kernel(SDPBackend.MATH):
         f = net.train().forward_features(x)
         loss = net.forward_head(f).sum()
         if mlp is not None:
@@ -208,7 +215,7 @@ def chip_limits(
 
 # %% ../nbs/22_profile.ipynb #6f29c155
 def profile_run(
-    run:Steps, # From `prepare` of chapter 22
+    run:Steps, # From `prepare` of the benchmark
     n:int=10, # Steps
 )->dict: # Case and arm; wall_s, busy_s, idle_s, groups, kernels, starts, flop, of a step; peak_bytes, and how they were read
     "Profile a case's first arm"
