@@ -1,7 +1,7 @@
 "Rules of a verdict, plans of runs and the program that makes them"
 import json, os, signal, subprocess, sys, tarfile, time
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from scipy import stats
 from dataclasses import asdict
 from vt_drloc.bench import mean_interval
@@ -511,6 +511,21 @@ def test_claims_have_a_place_and_a_page():
         assert all((root/'nbs/results'/p).exists() for p in page.split())
     md = claims_markdown(claims_table(runs_table(three())))
     assert md.count('\n') == len(CLAIMS)+1 and '**holds**' in md and md.count('](02_small_32px.ipynb)') >= 3
+
+def test_digits_that_a_table_needs():
+    "The sign of a small number shows, zero has none, and the percentage follows from the seconds"
+    from vt_drloc.evidence import _two
+    assert [_two(v) for v in (-.0032, .004, 0., -0., 1.2, None, float('nan'))] == ['-0.003','0.004','0.00','0.00','1.20','','']
+    t = pd.DataFrame({'data': ['a','b'], 's an epoch without': [.09333, 5.9104], 's an epoch with L_drloc': [.11467, None], 'more, %': [22.86, -.001], 'gain': [-.0001, 1.]})
+    shown = tidy(t, 'data')
+    assert shown['s an epoch without'].tolist() == ['0.09333','5.910'] and shown['s an epoch with'].tolist() == ['0.1147','']
+    assert [f'{v}' for v in [*shown['more, %'], *shown.gain]] == ['22.9','0.0','0.0','1.0']
+
+def test_the_legend_of_gains_has_what_is_drawn():
+    def names(ax): return [t.get_text().split(',')[0] for t in ax.figure.legends[0].get_texts()]
+    assert names(plot_gains(runs_table(three()))) == ['ours',"others' re-run",'paper']                     # Swin on CIFAR-10 has all three
+    assert names(plot_gains(runs_table(three(model='cvt_mini')))) == ['ours','paper']
+    assert names(plot_gains(runs_table(three(model='resnet_mini')))) == ['ours'] and names(plot_gains(runs_table([]), show=[('digits','demo_cvt')])) == []
 
 def test_a_table_for_a_page():
     "Settings that are not asked for go, an interval is one column, numbers have two decimals, the names of arms are short"

@@ -382,15 +382,25 @@ def runs_table(
     return pd.DataFrame(rows, columns=[*SETTING, 'arm', 'seed', 'status', 'done', 'last', 'best', 'gpu_min', 'steady_min', 'epoch_s', 'rec'])
 
 # %% ../nbs/23_evidence.ipynb #5e1d0005
+def _two(v):
+    "Two decimals, or as many as it takes to see that it is not 0"
+    return '' if v is None or v!=v else f'{v+0.:.2f}' if round(v, 2) or not v else f'{v:.1g}'
+
+def _four(v):
+    "Four digits of a positive number"
+    return '' if not v or v!=v else f'{v:.{max(0, 3-math.floor(math.log10(v)))}f}'
+
 def tidy(
     table:pd.DataFrame, # one of the tables of this chapter
     *at:str # columns that tell its rows apart
 )->pd.DataFrame:
-    "A table for a page: two decimals, settings that are not in `at` left out"
+    "A table for a page: two decimals (seconds: four digits), settings that are not in `at` left out"
     t = table.drop(columns=[c for c in SETTING if c not in at], errors='ignore').rename(columns=lambda c: c.replace(W, 'with').replace('extra GPU', 'extra'))
     if {'from','to'} <= {*t}:
-        t.insert(t.columns.get_loc('from'), '95 %', [f'{a:.2f}\xa0to\xa0{b:.2f}' if a==a and a is not None else '' for a,b in zip(t['from'], t.to)])
-    return t.drop(columns=['from','to'], errors='ignore').round(2).set_index(list(at))
+        t.insert(t.columns.get_loc('from'), '95 %', [f'{_two(a)}\xa0to\xa0{_two(b)}' if _two(a) else '' for a,b in zip(t['from'], t.to)])
+    seconds = {c: t[c].map(_four) for c in t if c.startswith('s an epoch')}
+    t = t.assign(**seconds).drop(columns=['from','to'], errors='ignore').round({'more, %': 1}).round(2)
+    return t.apply(lambda c: c+0. if c.dtype.kind=='f' else c).set_index(list(at))             # + 0: no -0.0
 
 # %% ../nbs/23_evidence.ipynb #2c114d29
 def _alone(rec): return rec.get('runs_on_device', 1)==1 and rec['hardware'].get('gpu') is not None
@@ -606,7 +616,7 @@ def plot_gains(
     found = {k: g for k,g in contrast(runs, a, b).items() if not show or k[:2] in {*map(tuple, show)}}
     _one_setting([*found])
     gs = {k[:2]: g for k,g in found.items()}
-    rows,blue = show or list(gs),PALETTE['blue']
+    rows,blue,drawn = show or list(gs),PALETTE['blue'],set()
     fig,ax = plt.subplots(figsize=(7, 1.6+.45*len(rows)), layout='constrained')
     marks = dict(ours=dict(marker='o', color=blue, ms=5), others=dict(marker='s', color=PALETTE['grey'], ms=6), paper=dict(marker='D', mfc='none', mec=PALETTE['orange'], ms=7))
     words = dict(ours='ours, a dot for each seed, mean and 95 % interval', others="others' re-run, 224 px", paper='paper, 224 px')
@@ -615,14 +625,17 @@ def plot_gains(
         if len(g) > 1:
             ax.plot(mean_interval(g)[1:], [y,y], color=blue, lw=2, alpha=.6)
             ax.plot([np.mean(g)]*2, [y-.2,y+.2], color=blue, lw=2)
-        for who,gain in (('ours', g), ('others', [d-c for c,d in OTHERS.get(key, [])]), ('paper', [d-c for c,d in [PAPER[key]]] if key in PAPER else [])): ax.plot(gain, [y]*len(gain), ls='', **marks[who])
+        for who,gain in (('ours', g), ('others', [d-c for c,d in OTHERS.get(key, [])]), ('paper', [d-c for c,d in [PAPER[key]]] if key in PAPER else [])):
+            ax.plot(gain, [y]*len(gain), ls='', **marks[who])
+            if gain: drawn.add(who)
     ax.axvline(0, color=PALETTE['grey'], lw=1)
     ax.set_xscale('symlog', linthresh=2, linscale=1.5)
     ax.set(yticks=range(len(rows)), yticklabels=[f'{m}, {d}' for d,m in rows], xlabel='gain in points (linear up to 2, logarithmic beyond)', xticks=[-2,-1,0,1,2,5,10,25], xticklabels=[-2,-1,0,1,2,5,10,25])
     ax.set_xlim(min(-2.5, ax.get_xlim()[0]), 40)
     ax.minorticks_off()
     ax.invert_yaxis()
-    fig.legend([plt.Line2D([], [], ls='', **m) for m in marks.values()], words.values(), loc='outside lower center', ncols=3, fontsize=8)
+    whose = [o for o in marks if o in drawn]
+    fig.legend([plt.Line2D([], [], ls='', **marks[o]) for o in whose], [words[o] for o in whose], loc='outside lower center', ncols=3, fontsize=8)
     return ax
 
 # %% ../nbs/23_evidence.ipynb #08533bb7

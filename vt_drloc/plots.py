@@ -105,9 +105,10 @@ def show_patches(
 # %% ../nbs/15_plots.ipynb #972fcf88
 def _cell(ax, rc, ch, cw, color): 
     r,c = rc
-    ax.add_patch(Rectangle((c*cw-.5, r*ch-.5), cw, ch, fill=False, ec=color, lw=3.5, path_effects=_outline(6.5), zorder=4))
+    ax.add_patch(Rectangle((c*cw-.5, r*ch-.5), cw, ch, fill=False, ec=color, lw=3.5, path_effects=_outline(6.5), zorder=4, clip_on=False))
 
-def _label(ax, x, y, s): ax.text(x, y, s, ha='center', va='center', fontsize=10, zorder=5, bbox=dict(boxstyle='round,pad=.25', fc=_paper, ec='none', alpha=.9))
+def _label(ax, x, y, s, ha='center'):
+    ax.text(x, y, s, ha=ha, va='center', fontsize=10, zorder=5, bbox=dict(boxstyle='round,pad=.25', fc=_paper, ec='none', alpha=.9))
 
 # %% ../nbs/15_plots.ipynb #8d289253
 def show_pair(
@@ -132,7 +133,8 @@ def show_pair(
     for rc in ((r0,c0),(r1,c1)): _cell(ax, rc, ch, cw, _paper)
     if across and down:
         _label(ax, X((c0+c1)/2), Y(r0), f'{across} across')
-        _label(ax, X(c1), Y((r0+r1)/2), f'{down} down')
+        side = {0:'left', w-1:'right'}.get(c1, 'center')             # at the border it stays inside
+        _label(ax, X(c1+dict(left=-.4, right=.4, center=0)[side]), Y((r0+r1)/2), f'{down} down', side)
     else: _label(ax, X((c0+c1)/2), Y((r0+r1)/2), f'{across} across, {down} down')
     return ax
 
@@ -255,12 +257,12 @@ def plot_curves(
     if level is not None: ax.axhline(level, color=PALETTE['grey'], ls='--', lw=1.5, label=f'guessing: {round(level, 3):g}')
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend()
+    ax.legend(frameon=True, facecolor=_paper, edgecolor='none', framealpha=.9)   # a sheet of its own, should a line pass below
     return ax
 
 # %% ../nbs/15_plots.ipynb #6a2b0003
 _game_style = """<style>
-.guess-game { min-height: 27rem; max-width: 26rem; }
+.guess-game { min-height: 27rem; max-width: 26rem; padding: 2px; }
 .guess-game > div { display: flex; gap: 1rem; margin: .5rem 0; }
 .guess-game span, .guess-game .whole { position: relative; width: 9.5rem; height: 9.5rem; }
 .guess-game .whole { width: 15rem; height: 15rem; display: block; }
