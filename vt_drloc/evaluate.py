@@ -41,14 +41,19 @@ def _hw(size): return tuple(size) if isinstance(size, (list,tuple)) else (size,s
 def _size(head):
     "(H, W) that a checkpoint's images have"
     r = head.get('recipe') or {}
-    return _hw(head.get('size') or r.get('size') or head['args'].get('img_size') or model_info(head['model']).size)
+    return _hw(head.get('size') or r.get('size') or head['args'].get('img_size')
+               or model_info(head['model']).size)
 
 # %% ../nbs/17_evaluate.ipynb #186b9075
 def _read(f):
     "A run record, or a clear error"
     try: rec = json.loads(f.read_text())
-    except ValueError as e: raise DataError(f"{f} is damaged ({e}): copy it again, or move it away to score the weights without a record") from e
-    if not isinstance(rec, dict): raise DataError(f"{f} is no run record, it holds a {type(rec).__name__}: move it away to score the weights without one")
+    except ValueError as e:
+        raise DataError(f"{f} is damaged ({e}): copy it again, or move it away "
+                        "to score the weights without a record") from e
+    if not isinstance(rec, dict):
+        raise DataError(f"{f} is no run record, it holds a {type(rec).__name__}: "
+                        "move it away to score the weights without one")
     return rec
 
 def find_record(
@@ -78,19 +83,25 @@ def images_for(
     "The images that a checkpoint is judged on"
     r = head.get('recipe') or {}
     data = data or r.get('data')
-    if not data: raise DataError("the checkpoint does not say what it was trained on: name it, as in `data='cifar10'`")
+    if not data:
+        raise DataError("the checkpoint does not say what it was trained on: name it, as in `data='cifar10'`")
     heldout = heldout if heldout is not None else r.get('heldout', 0) if data==r.get('data') else 0
     n_train = len(open_data(data, path)[0])-heldout
-    return get_dls(data, bs=max(1, min(bs, n_train)), size=_size(head), device=device, heldout=heldout, path=path)
+    return get_dls(data, bs=max(1, min(bs, n_train)), size=_size(head), device=device,
+                   heldout=heldout, path=path)
 
 # %% ../nbs/17_evaluate.ipynb #babb7a51
 def _same_classes(file, head, dls):
     "Refuse images whose classes are not those of the outputs, or come in another order"
     n_out = head['args'].get('num_classes')
-    if n_out!=dls.c: raise DataError(f"{file} tells {n_out} classes apart, {dls.info.name} has {dls.c}: name the data set it was trained on")
+    if n_out!=dls.c:
+        raise DataError(f"{file} tells {n_out} classes apart, {dls.info.name} has {dls.c}: "
+                        "name the data set it was trained on")
     names = getattr(dls.train.dataset, 'vocab', None) or getattr(dls, 'vocab', None) or []
     for i,(own,name) in enumerate(zip(head.get('vocab') or [], names)):
-        if str(own)!=str(name): raise DataError(f"output {i} of {file} is {str(own)!r}, class {i} of {dls.info.name} is {str(name)!r}: name the data set it was trained on, or give the class folders the names that they had there")
+        if str(own)!=str(name):
+            raise DataError(f"output {i} of {file} is {str(own)!r}, class {i} of {dls.info.name} is {str(name)!r}: "
+                            "name the data set it was trained on, or give the class folders the names that they had there")
 
 def check_record(
     file, # weights, as `vt_drloc_train` leaves them
@@ -131,7 +142,8 @@ def name_photo(
 )->list: # (class, softmax) pairs, best first
     "What the network takes a photo for"
     with in_evaluation(model): p = model(prepare(photo, size).to(next(model.parameters()))).softmax(-1)[0]
-    if len(p)!=len(vocab): raise ValueError(f"{len(vocab)} class names for {len(p)} outputs: pass the vocabulary of the training data")
+    if len(p)!=len(vocab):
+        raise ValueError(f"{len(vocab)} class names for {len(p)} outputs: pass the vocabulary of the training data")
     v,i = p.topk(min(top, len(p)))
     return [(vocab[j],q) for j,q in zip(i.tolist(), v.tolist())]
 
@@ -140,7 +152,8 @@ def _vocab(head, data, path):
     "Class names from the header, or from the data set where an older checkpoint has none"
     if head.get('vocab'): return head['vocab']
     data = data or (head.get('recipe') or {}).get('data')
-    if not data: raise DataError("the checkpoint holds no class names: name the data set, as in --data cifar10")
+    if not data:
+        raise DataError("the checkpoint holds no class names: name the data set, as in --data cifar10")
     return open_data(data, path)[0].vocab
 
 # %% ../nbs/17_evaluate.ipynb #b458dfbe
@@ -160,10 +173,14 @@ def eval_main(
         if photos:
             head,model = read_header(file),load_model(file)
             vocab = _vocab(head, data, path)
-            for f in photos: print(f'{f}: ' + ', '.join(f'{c} {p:.2f}' for c,p in name_photo(model, f, vocab, _size(head), top)))
+            for f in photos:
+                named = name_photo(model, f, vocab, _size(head), top)
+                print(f'{f}: ' + ', '.join(f'{c} {p:.2f}' for c,p in named))
             return
         res = check_record(file, data, path=path, heldout=heldout, bs=bs, device=device)
     except (ValueError, RuntimeError, OSError) as e: sys.exit(f'vt_drloc_eval: {e}')
-    print(f"{res['data']}: {100*res['accuracy']:.2f} % of {res['n']:,} images right, cross-entropy {res['loss']:.4f}")
-    print('nothing to compare with: no record states the accuracy of these weights on these images' if res['record'] is None else
-          f"its record says {100*res['record']:.2f} %, a difference of {round(100*(res['accuracy']-res['record']), 2)+0.:+.2f}")
+    acc,rec = 100*res['accuracy'],res['record']
+    print(f"{res['data']}: {acc:.2f} % of {res['n']:,} images right, cross-entropy {res['loss']:.4f}")
+    print('nothing to compare with: no record states the accuracy of these weights on these images'
+          if rec is None else
+          f"its record says {100*rec:.2f} %, a difference of {round(acc-100*rec, 2)+0.:+.2f}")

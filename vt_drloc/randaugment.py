@@ -23,9 +23,11 @@ from fastai.vision.core import imagenet_stats
 from fastcore.basics import patch
 
 # %% ../nbs/19_randaugment.ipynb #ec3706a0
-OPS = ['AutoContrast','Equalize','Invert','Rotate','Posterize','Solarize','SolarizeAdd','Color','Contrast','Brightness','Sharpness',
+OPS = ['AutoContrast','Equalize','Invert','Rotate','Posterize','Solarize',
+       'SolarizeAdd','Color','Contrast','Brightness','Sharpness',
        'ShearX','ShearY','TranslateX','TranslateY']
-AUTO,EQUAL,INVERT,ROTATE,POSTER,SOLAR,ADD,COLOR,CONTRAST,BRIGHT,SHARP,SHEARX,SHEARY,TRANSX,TRANSY = range(15)
+(AUTO,EQUAL,INVERT,ROTATE,POSTER,SOLAR,ADD,COLOR,CONTRAST,BRIGHT,SHARP,
+ SHEARX,SHEARY,TRANSX,TRANSY) = range(15)
 NONE = len(OPS)
 
 # %% ../nbs/19_randaugment.ipynb #99dc1ff7
@@ -38,8 +40,8 @@ def op_args(
     "What each operation is told at a magnitude, as in timm's `inc1` set."
     z,l = torch.zeros_like(level),level*sign
     factor = (1+0.9*l).clamp(min=0.1)
-    args = [z,z,z, 30*l, 4-(4*level).floor(), 256-(256*level).floor(), (110*level).floor(), factor,factor,factor,factor,
-            0.3*l, 0.3*l, 0.45*size[1]*l, 0.45*size[0]*l, z]
+    args = [z,z,z, 30*l, 4-(4*level).floor(), 256-(256*level).floor(), (110*level).floor(),
+            factor,factor,factor,factor, 0.3*l, 0.3*l, 0.45*size[1]*l, 0.45*size[0]*l, z]
     return torch.stack(args).gather(0, op[None])[0]
 
 # %% ../nbs/19_randaugment.ipynb #057af3ef
@@ -124,7 +126,8 @@ def paper_draws(
     "All draws of the paper's protocol for one batch, on the device."
     box = random_crops(B, side, device, area)
     if not crop: box = torch.stack([torch.full_like(box[0], v) for v in (0,0,*side)])
-    return Draws(box, torch.rand(B, device=device)<flip, *random_ops(B, size, device, **kwargs), random_erasing(B, size, device, p=erase))
+    return Draws(box, torch.rand(B, device=device)<flip, *random_ops(B, size, device, **kwargs),
+                 random_erasing(B, size, device, p=erase))
 
 # %% ../nbs/19_randaugment.ipynb #9d1196a7
 def cubic(
@@ -208,9 +211,11 @@ def op_tables(
     v,op,arg = torch.arange(256., device=op.device),op[:,None,None],arg[:,None,None]
     bits = torch.exp2(8-arg.clamp(0, 8))
     table = v.expand(len(op), 3, 256)
-    for o,new in ((AUTO, autocontrast_table(lo, hi)), (EQUAL, equal), (INVERT, 255-v), (POSTER, (v/bits).floor()*bits),
-                  (SOLAR, torch.where(v<arg, v, 255-v)), (ADD, torch.where(v<128, (v+arg).clamp(max=255), v)),
-                  (BRIGHT, _cut(v*arg)), (CONTRAST, _cut(mean+arg*(v-mean)))): table = torch.where(op==o, new, table)
+    for o,new in ((AUTO, autocontrast_table(lo, hi)), (EQUAL, equal), (INVERT, 255-v),
+                  (POSTER, (v/bits).floor()*bits), (SOLAR, torch.where(v<arg, v, 255-v)),
+                  (ADD, torch.where(v<128, (v+arg).clamp(max=255), v)),
+                  (BRIGHT, _cut(v*arg)), (CONTRAST, _cut(mean+arg*(v-mean)))):
+        table = torch.where(op==o, new, table)
     return table
 
 def look_up(table:Tensor, x:Tensor)->Tensor: # (B, 3, H, W)
@@ -253,7 +258,8 @@ def op_matrices(
                         torch.stack([_if(SHEARY)-s, c, H/2+s*W/2-c*H/2+_if(TRANSY)], 1)], 1)
 
 # %% ../nbs/19_randaugment.ipynb #38c8ec2c
-def _centres(size, device): return torch.meshgrid(*(torch.arange(n, device=device)+0.5 for n in size[::-1]), indexing='xy')
+def _centres(size, device):
+    return torch.meshgrid(*(torch.arange(n, device=device)+0.5 for n in size[::-1]), indexing='xy')
 
 def _back(m, x, y):
     m = m[:,:,:,None,None]
@@ -302,7 +308,8 @@ def warp(
     "The five geometric operations as PIL's `transform` does them."
     size = x.shape[2:]
     px,py = _back(op_matrices(op, arg, size), *_centres(size, x.device))
-    return torch.where((_within(px, size[1])&_within(py, size[0]))[:,None], _cut(bicubic_at(x, px, py, -1.)), _fill(x))
+    seen = (_within(px, size[1])&_within(py, size[0]))[:,None]
+    return torch.where(seen, _cut(bicubic_at(x, px, py, -1.)), _fill(x))
 
 # %% ../nbs/19_randaugment.ipynb #676dea15
 def _room(B, p):
@@ -328,8 +335,9 @@ def apply_op(
     p:float=NONE # how much room to make: the probability that an operation is applied; `NONE`: for all
 )->Tensor: # (B, 3, H, W) uint8
     "One operation an image, each its own, as timm and PIL do it."
-    y = x.float()                                                       # compiled for a CPU, the minimum of bytes comes out wrong
-    lo,hi,mean = y.amin((2,3))[...,None],y.amax((2,3))[...,None],(grey(y).mean((1,2,3))+0.5).floor()[:,None,None]
+    y = x.float()                        # compiled for a CPU, the minimum of bytes comes out wrong
+    lo,hi = y.amin((2,3))[...,None],y.amax((2,3))[...,None]
+    mean = (grey(y).mean((1,2,3))+0.5).floor()[:,None,None]
     same = torch.arange(256., device=x.device)
     out = look_up(op_tables(op, arg, lo, hi, mean, same).to(x.dtype), x)
     out = _some(out, op==EQUAL, p/NONE, lambda y: look_up(equalize_table(histogram(y)), y), out)
@@ -357,8 +365,9 @@ def soften(
     sy:Tensor # (B,) along y
 )->Tensor: # (B, 3, H, W)
     "What PIL's smoothing of the enlarged image does, on the source."
-    P,(u,v) = torch.nn.functional.pad(x, (1,1,1,1), mode='replicate'),(o[:,None,None,None]**2 for o in (sx,sy))
-    xx = P[...,:-2]+P[...,2:]-2*P[...,1:-1]                            # second difference along x, (B, 3, H+2, W)
+    P = torch.nn.functional.pad(x, (1,1,1,1), mode='replicate')
+    u,v = (o[:,None,None,None]**2 for o in (sx,sy))
+    xx = P[...,:-2]+P[...,2:]-2*P[...,1:-1]         # second difference along x, (B, 3, H+2, W)
     yy = P[:,:,:-2,1:-1]+P[:,:,2:,1:-1]-2*x
     xxyy = xx[:,:,:-2]+xx[:,:,2:]-2*xx[:,:,1:-1]
     return x+(3*u*xx[:,:,1:-1]+3*v*yy+u*v*xxyy)/13
@@ -369,7 +378,8 @@ def _statistics(x, level, box, inside, size):
     area = box[2]*box[3]
     lo,hi = torch.where(inside, level, 255.).amin((2,3)),torch.where(inside, level, 0.).amax((2,3))
     mean = ((grey(level)*inside).sum((1,2,3))/area+0.5).floor()
-    return lo[...,None],hi[...,None],mean[:,None,None],histogram(level, inside)*(size[0]*size[1]/area)[:,None,None]
+    h = histogram(level, inside)*(size[0]*size[1]/area)[:,None,None]
+    return lo[...,None],hi[...,None],mean[:,None,None],h
 
 # %% ../nbs/19_randaugment.ipynb #c347d271
 def apply_colour(
@@ -425,7 +435,9 @@ def paper_fast(
     p:float=NONE# as in `apply_op`
 )->Tensor: # (B, 3, h, w) float in 0..255
     "Colours at the source, then crop, resize, flip and geometry in one interpolation."
-    if x.shape[2]>size[0] or x.shape[3]>size[1]: raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels are larger than the result of {size[0]} x {size[1]}; the fast form only enlarges: use mode='exact'")
+    if x.shape[2]>size[0] or x.shape[3]>size[1]:
+        raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels are larger than the result "
+                         f"of {size[0]} x {size[1]}; the fast form only enlarges: use mode='exact'")
     i,j = (torch.arange(n, device=x.device) for n in x.shape[2:])
     def _span(i, start, length): return (i>=start[:,None])&(i<(start+length)[:,None])
     inside = _span(i, *d.box[::2])[:,None,:,None]&_span(j, *d.box[1::2])[:,None,None]
@@ -452,7 +464,9 @@ class PaperAugment(DisplayedTransform):
         dtype=torch.float32   # of the result
     ):
         if mode not in ('fast','exact'): raise ValueError(f"mode={mode!r}: choose 'fast' or 'exact'")
-        if not 0<area[0]<=area[1]<=1: raise ValueError(f"area={area!r}: give the least and the most of the area that a crop takes, 0 < least <= most <= 1")
+        if not 0<area[0]<=area[1]<=1:
+            raise ValueError(f"area={area!r}: give the least and the most of the area that a crop takes, "
+                             "0 < least <= most <= 1")
         store_attr()
         self.size = (size,size) if isinstance(size, int) else tuple(size)
         self._compiled = None
@@ -473,8 +487,10 @@ def run(self:PaperAugment,
     x:Tensor # (B, 3, H, W) uint8
 )->Tensor: # (B, 3, h, w) normalised
     "Draw and apply."
-    if x.dtype!=torch.uint8: raise TypeError(f'{x.dtype}: PaperAugment takes uint8 images, before IntToFloatTensor')
-    d = paper_draws(len(x), x.shape[2:], self.size, x.device, self.flip, self.erase, self.crop, self.area, p=self.p)
+    if x.dtype!=torch.uint8:
+        raise TypeError(f'{x.dtype}: PaperAugment takes uint8 images, before IntToFloatTensor')
+    d = paper_draws(len(x), x.shape[2:], self.size, x.device, self.flip, self.erase, self.crop,
+                    self.area, p=self.p)
     return self.apply(x, d)
 
 # %% ../nbs/19_randaugment.ipynb #27842f57
@@ -493,7 +509,8 @@ def apply(self:PaperAugment, x:Tensor, d:Draws)->Tensor:
 @patch
 def uncropped(self:PaperAugment):
     "The same for batches that were cropped and resized before."
-    return PaperAugment(self.size, self.flip, self.mode, self.erase, self.p, False, self.area, self.compile, self.dtype)
+    return PaperAugment(self.size, self.flip, self.mode, self.erase, self.p, False, self.area,
+                        self.compile, self.dtype)
 
 @patch
 def __getstate__(self:PaperAugment): return {**self.__dict__, '_compiled':None}
@@ -519,39 +536,43 @@ def images_per_second(
 def _torchvision(size):
     from torchvision.transforms import v2
     norm = v2.ToDtype(torch.float32, scale=True),v2.Normalize(*imagenet_stats)
-    return v2.Compose([v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-                       v2.RandAugment(2, 27, interpolation=v2.InterpolationMode.BILINEAR, fill=list(FILL)), *norm, v2.RandomErasing(0.25, value='random')])
+    crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
+    rand = v2.RandAugment(2, 27, interpolation=v2.InterpolationMode.BILINEAR, fill=list(FILL))
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), rand, *norm, v2.RandomErasing(0.25, value='random')])
 
 def _kornia(size):
     "None where kornia is not installed"
     try: import kornia.augmentation as K; from kornia.augmentation.auto import RandAugment
     except ImportError: return None
     mean,std = (torch.tensor(o) for o in imagenet_stats)
-    seq = K.AugmentationSequential(K.RandomResizedCrop(size, resample='bicubic'), K.RandomHorizontalFlip(), RandAugment(2, 27),
-                                   K.Normalize(mean, std), K.RandomErasing(p=0.25), data_keys=['input'])
+    seq = K.AugmentationSequential(K.RandomResizedCrop(size, resample='bicubic'), K.RandomHorizontalFlip(),
+                                   RandAugment(2, 27), K.Normalize(mean, std), K.RandomErasing(p=0.25), data_keys=['input'])
     return lambda x: seq(x.float()/255)
 
 # %% ../nbs/19_randaugment.ipynb #9b3f32eb
 def timm_transform(size:tuple):
     "timm's transform for the paper's setting: from a PIL image to a normalised tensor."
     from timm.data import create_transform
-    return create_transform(size, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=0.25, re_mode='pixel')
+    return create_transform(size, is_training=True, auto_augment='rand-m9-mstd0.5-inc1',
+                            interpolation='bicubic', re_prob=0.25, re_mode='pixel')
 
 class TimmImages(torch.utils.data.Dataset):
     "Images of a uint8 batch through timm's transform, over and over."
-    def __init__(self, x:Tensor, size:tuple, n:int): self.x,self.n,self.tfm = x.cpu().permute(0,2,3,1).numpy(),n,timm_transform(size)
+    def __init__(self, x:Tensor, size:tuple, n:int):
+        self.x,self.n,self.tfm = x.cpu().permute(0,2,3,1).numpy(),n,timm_transform(size)
     def __len__(self): return self.n
     def __getitem__(self, i):
         from PIL import Image
         while True:
             try: return self.tfm(Image.fromarray(self.x[i%len(self.x)]))
-            except ValueError: continue                                # newer PIL refuses to posterise to 0 bits, which timm asks for now and then
+            except ValueError: continue       # newer PIL refuses to posterise to 0 bits, which timm asks for at times
 
 # %% ../nbs/19_randaugment.ipynb #1d985e18
 def _timm_rate(x, size, device, workers, seconds):
     "Images a second of timm's transform in worker processes, from the second batch a worker on"
     bs,workers = min(len(x), 128),max(workers, 0)
-    dl = iter(torch.utils.data.DataLoader(TimmImages(x, size, 10**9), batch_size=bs, num_workers=workers, pin_memory=torch.device(device).type=='cuda'))
+    dl = iter(torch.utils.data.DataLoader(TimmImages(x, size, 10**9), batch_size=bs, num_workers=workers,
+                                          pin_memory=torch.device(device).type=='cuda'))
     for _ in range(2*workers): next(dl)
     start,k = time.perf_counter(),0
     while k<1 or time.perf_counter()-start<seconds: next(dl).to(device, non_blocking=True); k += 1
@@ -572,11 +593,15 @@ def augment_speed(
     workers,size,rows = os.cpu_count() if workers is None else workers,(size,size),[]
     def _row(name, f, n=bs, draws='image', note=''):
         if only and name not in only: return
-        rows.append(dict(name=name, images_per_s=f() if n is None else images_per_second(f, n, device, seconds), draws=draws, note=note))
-    for mode in 'fast','exact': _row(mode, partial(PaperAugment(size, mode=mode), TensorImage(x), split_idx=0))
+        rate = f() if n is None else images_per_second(f, n, device, seconds)
+        rows.append(dict(name=name, images_per_s=rate, draws=draws, note=note))
+    for mode in 'fast','exact':
+        _row(mode, partial(PaperAugment(size, mode=mode), TensorImage(x), split_idx=0))
     tv,kornia = _torchvision(size),_kornia(size)
     _row('torchvision batch', lambda: tv(x), draws='batch', note='one draw a batch')
     _row('torchvision image', lambda: [tv(o) for o in x[:16]], min(bs, 16), note='image by image')
-    if kornia: _row('kornia', lambda: kornia(x), draws='batch', note='operations drawn once a batch, strength and crop for each image')
-    _row('timm', lambda: _timm_rate(x, size, device, workers, seconds), None, note=f'PIL, {workers} worker processes')
+    if kornia: _row('kornia', lambda: kornia(x), draws='batch',
+                    note='operations drawn once a batch, strength and crop for each image')
+    _row('timm', lambda: _timm_rate(x, size, device, workers, seconds), None,
+         note=f'PIL, {workers} worker processes')
     return rows
