@@ -17,7 +17,8 @@ def _in_range(least, most, /, **args):
     "Refuse an argument that is no number from `least` to `most`"
     for k,v in args.items():
         if isinstance(v, bool) or not isinstance(v, Real) or not (least<=v<=most and v<float('inf')):
-            raise ValueError(f"{k}={v!r}: give a number {f'from {least} to {most}' if most<float('inf') else f'>= {least}'}")
+            allowed = f'from {least} to {most}' if most<float('inf') else f'>= {least}'
+            raise ValueError(f'{k}={v!r}: give a number {allowed}')
 
 def _probs(**args): _in_range(0, 1, **args)
 def _at_least(least, /, **args): _in_range(least, float('inf'), **args)
@@ -35,8 +36,10 @@ class AffineEach(DisplayedTransform):
         pad:str='reflection' # what lies beyond the border: `reflection`, `zeros` or `border`
     ):
         _probs(flip=flip, p=p); _at_least(0, shift=shift, max_deg=max_deg); _at_least(1, max_zoom=max_zoom)
-        if not isinstance(shift, Integral): raise ValueError(f'shift={shift!r}: give a whole number of pixels')
-        if pad not in ('reflection','zeros','border'): raise ValueError(f"pad={pad!r}: choose 'reflection', 'zeros' or 'border'")
+        if not isinstance(shift, Integral):
+            raise ValueError(f'shift={shift!r}: give a whole number of pixels')
+        if pad not in ('reflection','zeros','border'):
+            raise ValueError(f"pad={pad!r}: choose 'reflection', 'zeros' or 'border'")
         store_attr()
 
     def encodes(self, x:TensorImage): return TensorImage(self.plain(x.as_subclass(Tensor)))
@@ -65,7 +68,7 @@ class LightEach(DisplayedTransform):
     "Change brightness and contrast of each image by its own draw."
     split_idx,order = 0,40
     def __init__(self,
-        max_lighting:float=0.2, # contrast: largest relative change; brightness: up to half of it is added, in units of 0..1
+        max_lighting:float=0.2, # largest change of contrast; up to half of it is added as brightness
         p:float=0.75            # probability of each of the two
     ):
         _probs(max_lighting=max_lighting, p=p)
@@ -119,13 +122,18 @@ def get_tfms(
     from vt_drloc.randaugment import PaperAugment                      # Part II
     size = tuple(size) if is_listy(size) else (size,size)
     paper = partial(PaperAugment, size, flip=0.5*flip)
-    recipes = dict(none=lambda: [], light=lambda: [AffineEach(flip=0.5*flip, shift=max(size)//8), LightEach(), EraseEach()],
-                   strong=lambda: [paper(area=(0.8,1.))], paper=lambda: [paper()], paper_exact=lambda: [paper(mode='exact')])
-    if name not in recipes: raise ValueError(f'no transforms called {name!r}: choose from {", ".join(recipes)}')
+    recipes = dict(none=lambda: [],
+                   light=lambda: [AffineEach(flip=0.5*flip, shift=max(size)//8), LightEach(), EraseEach()],
+                   strong=lambda: [paper(area=(0.8,1.))],
+                   paper=lambda: [paper()],
+                   paper_exact=lambda: [paper(mode='exact')])
+    if name not in recipes:
+        raise ValueError(f'no transforms called {name!r}: choose from {", ".join(recipes)}')
     return recipes[name]()
 
 # %% ../nbs/09_augment.ipynb #a5e0001b
-_of_fastai = {IntToFloatTensor: lambda t: lambda x: x.float()/t.div, Normalize: lambda t: lambda x: (x-t.mean)/t.std}
+_of_fastai = {IntToFloatTensor: lambda t: lambda x: x.float()/t.div,
+              Normalize:        lambda t: lambda x: (x-t.mean)/t.std}
 
 def plain(
     t # a batch transform
@@ -160,7 +168,8 @@ def run(self:AsOne):
     fs = [t for t in self.fs if t.split_idx in (None,self.split_idx)]
     if self._made[0]!=fs:
         parts = [plain(t) for t in fs]
-        self._made = fs,None if None in parts else torch.compile(_in_turn(parts), fullgraph=True, dynamic=False, **self.compile_args)
+        self._made = fs,None if None in parts else torch.compile(
+            _in_turn(parts), fullgraph=True, dynamic=False, **self.compile_args)
     return self._made[1]
 
 @patch
@@ -170,7 +179,7 @@ def __call__(self:AsOne, o):
 
 # %% ../nbs/09_augment.ipynb #5cd7290a
 class MixupCutmix(Callback):
-    "Mix each training batch with itself reversed, by mixup (1710.09412) or cutmix (1905.04899); smooth the labels."
+    "Mix a training batch with itself reversed, by mixup (1710.09412) or cutmix (1905.04899); smooth labels."
     run_valid = False
     def __init__(self,
         mixup:float=0.8,  # alpha of mixup's Beta distribution; 0: no mixup
@@ -186,14 +195,17 @@ class MixupCutmix(Callback):
     def before_fit(self):
         from timm.data.mixup import Mixup
         if isinstance(self.learn.loss_func, BaseLoss):
-            raise ValueError(f'{type(self.learn.loss_func).__name__} cannot take soft targets (a probability a class): give the Learner loss_func=F.cross_entropy')
-        self.mix = Mixup(self.alpha, self.cutmix, prob=self.prob if self.alpha or self.cutmix else 0., switch_prob=self.switch,
-                         label_smoothing=self.smooth, num_classes=self.n_classes or self.dls.c)
+            raise ValueError(f'{type(self.learn.loss_func).__name__} cannot take soft targets '
+                             '(a probability a class): give the Learner loss_func=F.cross_entropy')
+        self.mix = Mixup(self.alpha, self.cutmix, prob=self.prob if self.alpha or self.cutmix else 0.,
+                         switch_prob=self.switch, label_smoothing=self.smooth,
+                         num_classes=self.n_classes or self.dls.c)
 
     def before_batch(self):
         from timm.data.mixup import mixup_target
         (x,lam),y = self.mixed(self.xb[0]),self.yb[0].as_subclass(Tensor)
-        self.learn.xb,self.learn.yb = (x,*self.xb[1:]),(mixup_target(y, self.mix.num_classes, lam, self.smooth),)
+        y = mixup_target(y, self.mix.num_classes, lam, self.smooth)
+        self.learn.xb,self.learn.yb = (x,*self.xb[1:]),(y,)
 
 # %% ../nbs/09_augment.ipynb #d0067d4d
 @patch

@@ -235,7 +235,8 @@ def _renamed(sd, pattern, parts, source):
         m = re.fullmatch(pattern, name)
         stage,block,part,leaf = m.groups('') if m else ('','','?','')
         if part not in parts:
-            raise ValueError(f"{name!r} is no tensor of {source}: pass the whole state_dict of that model, and no other's")
+            raise ValueError(f"{name!r} is no tensor of {source}: "
+                             "pass the whole state_dict of that model, and no other's")
         where = ['stages',stage] if stage else []
         if block: where.append(str(int(block)+1))            # 0 is the embedding
         new['.'.join([*where, *filter(None, [parts[part]]), leaf])] = t
@@ -284,7 +285,8 @@ class CvTGap(CvT):
             if isinstance(m, ConvProjection): m.proj.register_parameter('bias', None)
             if isinstance(m, nn.Linear): m.reset_parameters()
             for name,child in m.named_children():
-                if isinstance(child, nn.LayerNorm): setattr(m, name, ChannelNorm(*child.normalized_shape, eps))
+                if isinstance(child, nn.LayerNorm):
+                    setattr(m, name, ChannelNorm(*child.normalized_shape, eps))
 
 # %% ../nbs/13_cvt.ipynb #dd6a6025
 def cvt_13_gap(
@@ -305,7 +307,8 @@ def cvt_13_gap_mini(
 _from_release = {'0':'0.proj', '1':'0.norm', '0.norm':'norm1', '1.norm':'norm2', '0.fn.to_out.0':'attn.proj',
     '1.fn.net.0':'mlp.fc1', '1.fn.net.3':'mlp.fc2', 'head':'head'}
 for o in ('q','kv'):
-    _from_release |= {f'0.fn.to_{o}.net.{i}':f'attn.{o}.{name}' for i,name in enumerate(('conv','norm','proj'))}
+    _from_release |= {f'0.fn.to_{o}.net.{i}':f'attn.{o}.{name}'
+                      for i,name in enumerate(('conv','norm','proj'))}
 
 def cvt_gap_from_release(
     sd:dict, # `state_dict()` of the released CvT; its side task's MLP (`drloc...`) is left out

@@ -46,7 +46,9 @@ class Split:
     vocab:list           # class names
     root:Path|None=None  # folder that the files lie in
     def __len__(self): return len(self.y)
-    def take(self, idxs): return Split(self.x[idxs] if torch.is_tensor(self.x) else [self.x[i] for i in idxs], self.y[idxs], self.vocab, self.root)
+    def take(self, idxs):
+        x = self.x[idxs] if torch.is_tensor(self.x) else [self.x[i] for i in idxs]
+        return Split(x, self.y[idxs], self.vocab, self.root)
 
 # %% ../nbs/08_data.ipynb #a5614254
 def stratified(
@@ -56,7 +58,8 @@ def stratified(
 )->tuple: # indices of the rest (N-n,) and of the cut (n,), both ascending
     "Cut out `n` items so that every class gives its share."
     y = np.asarray(y)
-    if not 0 < n < len(y): raise DataError(f'cannot hold out {n} of {len(y)} images: give a number between 1 and {len(y)-1}')
+    if not 0 < n < len(y):
+        raise DataError(f'cannot hold out {n} of {len(y)} images: give a number between 1 and {len(y)-1}')
     classes,counts = np.unique(y, return_counts=True)
     share = counts*n/len(y)
     take = np.floor(share).astype(int)
@@ -92,7 +95,10 @@ def crop_boxes(
     if part not in parts: raise DataError(f'part={part!r}: choose one of {", ".join(parts)}')
     l,r = parts[part]
     room = min(r-l, height)
-    if not 1<=lo<=hi<=room: raise DataError(f'lo={lo}, hi={hi}: the sides of crops in part {part!r} of a {width} x {height} photo go from 1 to {room} pixels, `lo` not above `hi`')
+    if not 1<=lo<=hi<=room:
+        raise DataError(f'lo={lo}, hi={hi}: the sides of crops '
+                        f'in part {part!r} of a {width} x {height} photo '
+                        f'go from 1 to {room} pixels, `lo` not above `hi`')
     for _ in range(n):
         i,side = rng.randint(photos),rng.randint(lo, hi+1)
         x,y = rng.randint(l, r-side+1),rng.randint(height-side+1)
@@ -116,7 +122,9 @@ def photo_crops(
 # %% ../nbs/08_data.ipynb #d849781b
 def read_photos(spec, path=None, **kwargs)->tuple:
     "Unlabelled crops as (train, test), all of the one class `photo`."
-    def _split(n, part): return Split(photo_crops(n, part, size=spec.size, **kwargs), np.zeros(n, dtype=np.int64), ['photo'])
+    def _split(n, part):
+        crops = photo_crops(n, part, size=spec.size, **kwargs)
+        return Split(crops, np.zeros(n, dtype=np.int64), ['photo'])
     return _split(spec.n_train, 'train'),_split(spec.n_test, 'valid')
 
 # %% ../nbs/08_data.ipynb #f26fca85
@@ -132,10 +140,14 @@ def class_files(
         dirs[:] = sorted(o for o in dirs if not o.startswith('.'))
         parts = Path(os.path.relpath(d, root)).parts
         fs = [f for f in sorted(fs) if os.path.splitext(f)[1].lower() in _exts and not f.startswith('.')]
-        if fs and not parts: raise DataError(f'{folder} has no class folders around its images (such as {fs[0]}): put each image in a folder named after its class')
+        if fs and not parts:
+            raise DataError(f'{folder} has no class folders around its images (such as {fs[0]}): '
+                            'put each image in a folder named after its class')
         files += [os.path.join(d,f) for f in fs]
         if parts: names += [parts[-1 if leaf else 0]]*len(fs)
-    if not files: raise DataError(f'{folder} has no class folders with images in it: expected {folder}/<class>/<image>')
+    if not files:
+        raise DataError(f'{folder} has no class folders with images in it: '
+                        f'expected {folder}/<class>/<image>')
     return files,names
 
 # %% ../nbs/08_data.ipynb #e2b64c68
@@ -147,10 +159,14 @@ def read_folder(
     path = Path(path)
     valid = [path/o for o in ('valid','val','test') if (path/o).is_dir()]
     if not (path/'train').is_dir() or not valid:
-        raise DataError(f'{path} needs a folder `train` and one of `valid`, `val`, `test`, each with a folder a class; it has {sorted(o.name for o in path.ls())[:8] if path.is_dir() else "no such folder"}')
+        has = sorted(o.name for o in path.ls())[:8] if path.is_dir() else 'no such folder'
+        raise DataError(f'{path} needs a folder `train` and one of `valid`, `val`, `test`, '
+                        f'each with a folder a class; it has {has}')
     (tf,tn),(vf,vn) = class_files(path/'train', leaf),class_files(valid[0], leaf)
     vocab = sorted(set(tn))
-    if extra := sorted(set(vn)-set(vocab)): raise DataError(f'{valid[0]} has {len(extra)} classes that {path/"train"} lacks, such as {extra[0]!r}: labels outside the {len(vocab)} training classes')
+    if extra := sorted(set(vn)-set(vocab)):
+        raise DataError(f'{valid[0]} has {len(extra)} classes that {path/"train"} lacks, '
+                        f'such as {extra[0]!r}: labels outside the {len(vocab)} training classes')
     o2i = {o:i for i,o in enumerate(vocab)}
     def _split(files, names): return Split(files, np.array([o2i[o] for o in names]), vocab, path)
     return _split(tf,tn),_split(vf,vn)
@@ -164,7 +180,9 @@ def _md5_ok(file, md5):
     from torchvision.datasets.utils import check_integrity
     return check_integrity(str(file), md5)
 
-def _cut_short(file): return DataError(f'{file} ({file.stat().st_size:,} bytes) is cut short or damaged: delete it and fetch it again')
+def _cut_short(file):
+    return DataError(f'{file} ({file.stat().st_size:,} bytes) is cut short or damaged: '
+                     'delete it and fetch it again')
 
 # %% ../nbs/08_data.ipynb #95a4cb38
 @contextmanager
@@ -177,9 +195,11 @@ def fetching(
     try: yield
     except DataError: raise
     except (tarfile.TarError,zipfile.BadZipFile,shutil.ReadError,EOFError,zlib.error) as e:
-        raise DataError(f'the archive of {name} from {url} is cut short or damaged ({e}): delete it and fetch it again') from e
+        raise DataError(f'the archive of {name} from {url} is cut short or damaged ({e}): '
+                        'delete it and fetch it again') from e
     except Exception as e:
-        raise DataError(f'{name} could not be fetched from {url} ({type(e).__name__}: {e}). Without network: fetch it on another machine and put {put}') from e
+        raise DataError(f'{name} could not be fetched from {url} ({type(e).__name__}: {e}). '
+                        f'Without network: fetch it on another machine and put {put}') from e
 
 # %% ../nbs/08_data.ipynb #7073c886
 def read_cifar(spec, path=None)->tuple:
@@ -195,8 +215,8 @@ def _untar(name, url):
     arch = d.arch_path()/url.split('/')[-1]
     dest = d.data_path('data', arch)
     if not dest.exists() and arch.exists() and not d.check(url, arch): raise _cut_short(arch)
-    with fetching(name, url, f'the archive at {arch}, or its images at {dest}/train/<class>/ and {dest}/test/<class>/'):
-        return untar_data(url)
+    put = f'the archive at {arch}, or its images at {dest}/train/<class>/ and {dest}/test/<class>/'
+    with fetching(name, url, put): return untar_data(url)
 
 # %% ../nbs/08_data.ipynb #bdb885df
 def read_svhn(spec, path=None, check=True)->tuple:
@@ -218,7 +238,9 @@ def _read_svhn_mat(file):
     except Exception as e: raise _cut_short(file) from e
     y = d['y'].astype(np.int64).reshape(-1)
     bad = y[(y<1)|(y>10)]
-    if len(bad): raise DataError(f'{file} has label {bad[0]}, outside SVHN\'s 1..10 (10 is the digit 0): fetch it again')
+    if len(bad):
+        raise DataError(f"{file} has label {bad[0]}, outside SVHN's 1..10 (10 is the digit 0): "
+                        'fetch it again')
     return Split(torch.from_numpy(d['X'].transpose(3,2,0,1).copy()), y%10, [str(o) for o in range(10)])
 
 # %% ../nbs/08_data.ipynb #737d120f
@@ -233,7 +255,8 @@ def read_flowers(spec, path=None, check=True)->tuple:
     if not all((base/o).exists() for o in ('jpg','imagelabels.mat','setid.mat')):
         put = f'102flowers.tgz (unpacked: a folder jpg), imagelabels.mat and setid.mat into {base}'
         with fetching(spec.name, Flowers102._download_url_prefix, put): Flowers102(root, download=True)
-    return _read_flowers_mat(base, getattr(Flowers102, 'classes', None) or [f'class {i+1}' for i in range(102)])
+    vocab = getattr(Flowers102, 'classes', None) or [f'class {i+1}' for i in range(102)]
+    return _read_flowers_mat(base, vocab)
 
 def _read_flowers_mat(base, vocab):
     from scipy.io import loadmat
@@ -242,7 +265,8 @@ def _read_flowers_mat(base, vocab):
         except Exception as e: raise _cut_short(base/name) from e
     ids,labels = _mat('setid.mat'),np.atleast_1d(_mat('imagelabels.mat')['labels']).astype(np.int64)-1
     if labels.min()<0 or labels.max()>=len(vocab):
-        raise DataError(f'{base/"imagelabels.mat"} has labels {labels.min()+1}..{labels.max()+1}, outside 1..{len(vocab)}: fetch it again')
+        raise DataError(f'{base/"imagelabels.mat"} has labels {labels.min()+1}..{labels.max()+1}, '
+                        f'outside 1..{len(vocab)}: fetch it again')
     def _split(*parts):
         i = np.concatenate([np.atleast_1d(ids[o]) for o in parts]).astype(np.int64)
         return Split([str(base/'jpg'/f'image_{o:05d}.jpg') for o in i], labels[i-1], list(vocab), base)
@@ -256,8 +280,12 @@ def read_domainnet(spec, path=None)->tuple:
     root = Path(path or data_home()/'domainnet')
     clean = 'groundtruth/' if spec.name in ('clipart','painting') else ''
     url = f'{_domainnet}{clean}{spec.name}.zip'
-    with fetching(spec.name, url, f'{spec.name}.zip (or the folder that it unpacks to), {spec.name}_train.txt and {spec.name}_test.txt into {root}'):
-        for split in 'train','test': _download(f'{_domainnet}domainnet/txt/{spec.name}_{split}.txt', root/f'{spec.name}_{split}.txt')
+    put = (f'{spec.name}.zip (or the folder that it unpacks to), '
+           f'{spec.name}_train.txt and {spec.name}_test.txt into {root}')
+    with fetching(spec.name, url, put):
+        for split in 'train','test':
+            file = f'{spec.name}_{split}.txt'
+            _download(f'{_domainnet}domainnet/txt/{file}', root/file)
         if not (root/spec.name).is_dir(): _unzip(_download(url, root/f'{spec.name}.zip'), root/spec.name)
     return _read_domain_lists(root, spec)
 
@@ -283,12 +311,17 @@ def _unzip(arch, dest):
 def _read_domain_lists(root, spec):
     def _list(split):
         file = root/f'{spec.name}_{split}.txt'
-        try: rows = [o.rsplit(maxsplit=1) for o in file.read_text().splitlines() if o.strip()]; return [r[0] for r in rows],np.array([int(r[1]) for r in rows])
-        except (ValueError,IndexError) as e: raise DataError(f'{file} is not a list of `path label` lines ({e}): fetch it again') from e
+        try:
+            rows = [o.rsplit(maxsplit=1) for o in file.read_text().splitlines() if o.strip()]
+            return [r[0] for r in rows],np.array([int(r[1]) for r in rows])
+        except (ValueError,IndexError) as e:
+            raise DataError(f'{file} is not a list of `path label` lines ({e}): fetch it again') from e
     lists = [_list(o) for o in ('train','test')]
     names = {int(i):Path(f).parent.name for fs,y in lists for f,i in zip(fs,y)}
     for (_,y),split in zip(lists, ('train','test')):
-        if len(y) and (y.min()<0 or y.max()>=spec.n_classes): raise DataError(f'{spec.name}_{split}.txt has label {y.min() if y.min()<0 else y.max()}, outside 0..{spec.n_classes-1}: fetch it again')
+        if len(y) and (y.min()<0 or y.max()>=spec.n_classes):
+            raise DataError(f'{spec.name}_{split}.txt has label {y.min() if y.min()<0 else y.max()}, '
+                            f'outside 0..{spec.n_classes-1}: fetch it again')
     vocab = [names.get(i, f'class {i}') for i in range(max(names)+1)]
     return tuple(Split([str(root/f) for f in fs], y, vocab, root) for fs,y in lists)
 
@@ -297,12 +330,14 @@ def read_imagenet100(spec, path=None)->tuple:
     "A folder that the user brings: `train/` and `val/` with the same 100 class folders."
     path = Path(path or data_home()/'imagenet100')
     if not path.is_dir():
-        raise DataError(f'imagenet100 cannot be downloaded (ImageNet\'s licence is personal): put the images of your 100 classes at '
-                        f'{path}/train/<class>/ and {path}/val/<class>/, or say where they are with `path=`')
+        raise DataError("imagenet100 cannot be downloaded (ImageNet's licence is personal): "
+                        f'put the images of your 100 classes at {path}/train/<class>/ '
+                        f'and {path}/val/<class>/, or say where they are with `path=`')
     return read_folder(path)
 
 # %% ../nbs/08_data.ipynb #12c81500
-def _spec(name, classes, train, test, size, read, checks=False): return DataSpec(name, classes, train, test, size, read, checks)
+def _spec(name, classes, train, test, size, read, checks=False):
+    return DataSpec(name, classes, train, test, size, read, checks)
 
 SPECS = {o.name:o for o in [
     _spec('digits',        10,   1437,   360,   32, read_digits),
@@ -325,11 +360,15 @@ def list_data()->list:
 
 # %% ../nbs/08_data.ipynb #6ebf5382
 def _check(spec, train, test, expect, where):
-    for what,got,want in zip(('training','test'), (len(train),len(test)), expect or (spec.n_train,spec.n_test)):
-        if got!=want: raise DataError(f'{spec.name}: found {got:,} {what} images, expected {want:,}, in {where}. An unpacking that was cut short? '
-                                      f'Move that folder away and fetch it again; if another set is meant, say so with `expect=(n_train, n_test)`')
+    wants = expect or (spec.n_train,spec.n_test)
+    for what,got,want in zip(('training','test'), (len(train),len(test)), wants):
+        if got!=want:
+            raise DataError(f'{spec.name}: found {got:,} {what} images, expected {want:,}, in {where}. '
+                            'An unpacking that was cut short? Move that folder away and fetch it again; '
+                            'if another set is meant, say so with `expect=(n_train, n_test)`')
     if expect is None and len(train.vocab)!=spec.n_classes:
-        raise DataError(f'{spec.name}: found {len(train.vocab)} classes, expected {spec.n_classes}, in {where}')
+        raise DataError(f'{spec.name}: found {len(train.vocab)} classes, '
+                        f'expected {spec.n_classes}, in {where}')
 
 def _named(spec, path, expect, kwargs):
     if spec.name=='photos' and expect: spec = replace(spec, n_train=expect[0], n_test=expect[1])
@@ -353,9 +392,13 @@ def open_data(
         near = difflib.get_close_matches(str(data), SPECS, n=1)
         hint = f' Did you mean {near[0]!r}?' if near else ''
         raise DataError(f'no data set and no folder called {str(data)!r}.{hint} Names: {", ".join(SPECS)}')
-    if path is not None: raise DataError(f'path={str(path)!r} says where a named set lies, but {folder} is a folder itself: leave `path` out, or name the set, one of {", ".join(SPECS)}')
+    if path is not None:
+        raise DataError(f'path={str(path)!r} says where a named set lies, but {folder} is a folder itself: '
+                        f'leave `path` out, or name the set, one of {", ".join(SPECS)}')
     train,test = read_folder(folder, **kwargs)
-    if expect: _check(DataSpec(folder.name, len(train.vocab), *expect, None, None), train, test, expect, folder)
+    if expect:
+        spec = DataSpec(folder.name, len(train.vocab), *expect, None, None)
+        _check(spec, train, test, expect, folder)
     return train,test,folder.name,str(folder)
 
 # %% ../nbs/08_data.ipynb #83e0f349
@@ -363,8 +406,11 @@ def load_rgb(file)->Image.Image:
     "Read one image as RGB, or say which file is unreadable."
     try:
         with Image.open(file) as im: return im.convert('RGB')
-    except FileNotFoundError as e: raise DataError(f'image {file} is missing: unpack its data set again') from e
-    except Exception as e: raise DataError(f'cannot read image {file} ({e}): delete or replace it, or unpack its data set again') from e
+    except FileNotFoundError as e:
+        raise DataError(f'image {file} is missing: unpack its data set again') from e
+    except Exception as e:
+        raise DataError(f'cannot read image {file} ({e}): delete or replace it, '
+                        'or unpack its data set again') from e
 
 # %% ../nbs/08_data.ipynb #18bf14c5
 def _fit(im, size):
@@ -380,13 +426,14 @@ def _pieces(files, size, n=2048):
 # %% ../nbs/08_data.ipynb #41f616c9
 def decode(
     files:list,     # image files
-    size:tuple,     # (H, W) of the result; images of another size are enlarged or reduced to cover it (bicubic) and centre-cropped
+    size:tuple,     # (H, W) of the result; other images are resized to cover it (bicubic) and centre-cropped
     cache:Path=None # file to keep the result in; None: do not keep it
 )->torch.Tensor: # (N, 3, H, W) uint8; from a file: mapped, so read when it is used
     "Decode `files` once; next time, unless a file changed, read the result."
     key = _fingerprint(files, size)
     if cache and (x := _read_cache(cache, key)) is not None: return x
-    if cache and _write_cache(cache, key, (len(files),3,*size), _pieces(files, size)) and (x := _read_cache(cache, key)) is not None: return x
+    if cache and _write_cache(cache, key, (len(files),3,*size), _pieces(files, size)):
+        if (x := _read_cache(cache, key)) is not None: return x
     x = torch.empty(len(files), 3, *size, dtype=torch.uint8)
     for o,part in zip(x.split(2048), _pieces(files, size)): o.copy_(part)
     return x
@@ -396,8 +443,10 @@ def _fingerprint(files, size):
     h = hashlib.sha256(f'2 {tuple(size)} {len(files)}'.encode())
     for f in files:
         try: s = os.stat(f)
-        except FileNotFoundError as e: raise DataError(f'image {f} is missing: unpack its data set again') from e
-        h.update(f'{os.path.basename(os.path.dirname(f))}/{os.path.basename(f)} {s.st_size} {s.st_mtime_ns}\n'.encode())
+        except FileNotFoundError as e:
+            raise DataError(f'image {f} is missing: unpack its data set again') from e
+        folder,name = os.path.basename(os.path.dirname(f)),os.path.basename(f)
+        h.update(f'{folder}/{name} {s.st_size} {s.st_mtime_ns}\n'.encode())
     return h.hexdigest()
 
 def _read_cache(file, key):
@@ -414,7 +463,8 @@ def _read_cache(file, key):
 
 # %% ../nbs/08_data.ipynb #436efe45
 def _header(key, shape, crc):
-    h = json.dumps({'__metadata__':{'key':key, 'crc32':f'{crc:08x}'}, 'x':{'dtype':'U8', 'shape':shape, 'data_offsets':[0,math.prod(shape)]}}).encode()
+    h = json.dumps({'__metadata__':{'key':key, 'crc32':f'{crc:08x}'},
+                    'x':{'dtype':'U8', 'shape':shape, 'data_offsets':[0,math.prod(shape)]}}).encode()
     h += b' '*(-len(h)%8)
     return len(h).to_bytes(8, 'little')+h
 
@@ -427,7 +477,8 @@ def _write_cache(file, key, shape, pieces):
             for o in pieces: crc = zlib.crc32(o.numpy(), crc); f.write(o.numpy())
             f.seek(0); f.write(_header(key, shape, crc))
         tmp.replace(file)
-    except OSError as e: warnings.warn(f'decoded images are not kept for next time: cannot write {file} ({e})')
+    except OSError as e:
+        warnings.warn(f'decoded images are not kept for next time: cannot write {file} ({e})')
     else: return True
     finally:
         with suppress(OSError): tmp.unlink()
@@ -439,7 +490,9 @@ def free_memory(
     "How much memory is free, on a GPU or in this computer."
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
     if torch.device(device).type!='cpu': return None
-    try: return next(int(o.split()[1])*1024 for o in Path('/proc/meminfo').read_text().splitlines() if o.startswith('MemAvailable'))
+    try:
+        lines = Path('/proc/meminfo').read_text().splitlines()
+        return next(int(o.split()[1])*1024 for o in lines if o.startswith('MemAvailable'))
     except (OSError,StopIteration): return None
 
 def place(
@@ -463,16 +516,20 @@ class MemoryImages:
         size:tuple=None,# (H, W) that the model sees, if it differs
         held:str='device'# where x lies: `device`, or `host` or `mapped`, from where batches are sent
     ):
-        if len(y) and not 0<=int(y.min())<=int(y.max())<len(vocab): raise DataError(f'labels {int(y.min())}..{int(y.max())} outside the {len(vocab)} classes: mend the labels or give the full `vocab`')
+        if len(y) and not 0<=int(y.min())<=int(y.max())<len(vocab):
+            raise DataError(f'labels {int(y.min())}..{int(y.max())} outside the {len(vocab)} classes: '
+                            'mend the labels or give the full `vocab`')
         store_attr()
         self.size = size or tuple(x.shape[-2:])
         self.c = len(vocab)
 
     def __len__(self): return len(self.y)
     def __getitem__(self, i): return TensorImage(self.x[i]),TensorCategory(self.y[i])
-    def decode(self, o, full=True): return tuple(Category(self.vocab[int(b)]) if isinstance(b, TensorCategory) else b for b in o)
+    def decode(self, o, full=True):
+        return tuple(Category(self.vocab[int(b)]) if isinstance(b, TensorCategory) else b for b in o)
     def to(self, device):
-        if device is not None and self.held=='device' and self.x.device!=device: self.x,self.y = self.x.to(device),self.y.to(device)
+        if device is not None and self.held=='device' and self.x.device!=device:
+            self.x,self.y = self.x.to(device),self.y.to(device)
         return self
 
 # %% ../nbs/08_data.ipynb #33daf21f
@@ -530,7 +587,8 @@ def draw_order(self:MemoryDL, device)->torch.Tensor: # (N,)
 def get_idxs(self:MemoryDL):
     "The order of an epoch; as a tensor where it is drawn on an accelerator for this loader alone."
     device = torch.device(ifnone(self.device, 'cpu'))
-    if not (self._alone and self.shuffle) or self.by_item or device.type=='cpu' or self.dataset.held!='device': return super(MemoryDL, self).get_idxs()
+    if not (self._alone and self.shuffle) or self.by_item: return super(MemoryDL, self).get_idxs()
+    if device.type=='cpu' or self.dataset.held!='device': return super(MemoryDL, self).get_idxs()
     return self.draw_order(device)
 
 @patch
@@ -540,7 +598,7 @@ def sample(self:MemoryDL):
 
 @patch
 def __iter__(self:MemoryDL):
-    self._alone = True                                                 # not inside another loader that wants a list
+    self._alone = True  # not inside another loader that wants a list
     try: yield from super(MemoryDL, self).__iter__()
     finally: self._alone = False
 
@@ -559,7 +617,8 @@ def _enlarged(size, side): return any(a>b for a,b in zip(size, side))
 def _stock_resize(ds):
     from fastai.vision.augment import CropPad, Resize
     if not _enlarged(ds.size, ds.x.shape[-2:]): return [Resize(ds.size)]
-    return [Resize(tuple(round(o*8/7) for o in ds.size), resamples=(Image.Resampling.BICUBIC, Image.Resampling.NEAREST)), CropPad(ds.size)]
+    larger = tuple(round(o*8/7) for o in ds.size)
+    return [Resize(larger, resamples=(Image.Resampling.BICUBIC, Image.Resampling.NEAREST)), CropPad(ds.size)]
 
 @patch
 def new(self:MemoryDL, dataset=None, cls=None, **kwargs):
@@ -568,7 +627,8 @@ def new(self:MemoryDL, dataset=None, cls=None, **kwargs):
     if isinstance(dataset, MemoryImages): return super(MemoryDL, self).new(dataset, cls, **kwargs)
     if not isinstance(dataset, Datasets): dataset = test_set(self.dataset.new_empty(), dataset)
     stock = [t for t in self.after_batch.fs if not type(t).__module__.startswith('vt_drloc')]
-    tfms = dict(after_item=[*_stock_resize(self.dataset), ToTensor()], after_batch=stock or [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats)])
+    tfms = dict(after_item=[*_stock_resize(self.dataset), ToTensor()],
+                after_batch=stock or [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats)])
     return super(MemoryDL, self).new(dataset, cls or TfmdDL, **merge(tfms, kwargs))
 
 # %% ../nbs/08_data.ipynb #2131b6eb
@@ -587,7 +647,8 @@ class ResizeBatch(DisplayedTransform):
 
     def encodes(self, x:TensorImage):
         to = _middle_size(x.shape[-2:], self.size) if self.middle else self.size
-        x = F.interpolate(x.as_subclass(Tensor), size=to, mode='bicubic', antialias=True, align_corners=False).clamp_(0, 1)
+        x = F.interpolate(x.as_subclass(Tensor), size=to, mode='bicubic', antialias=True, align_corners=False)
+        x = x.clamp_(0, 1)
         (top,left),(H,W) = ((a-b)//2 for a,b in zip(to, self.size)),self.size
         return TensorImage(x[:,:,top:top+H,left:left+W].contiguous())
 
@@ -595,7 +656,8 @@ class ResizeBatch(DisplayedTransform):
 def _hold(split, name, part, size, cache, held):
     "The same split with its images decoded."
     if torch.is_tensor(split.x): return split
-    file = split.root/f'.vt_drloc_{name}_{part}_{size[0]}x{size[1]}.safetensors' if cache and split.root else None
+    kept = f'.vt_drloc_{name}_{part}_{size[0]}x{size[1]}.safetensors'
+    file = split.root/kept if cache and split.root else None
     x = decode(split.x, size, file)
     return Split(x if held=='mapped' else x.clone(), split.y, split.vocab, split.root)
 
@@ -606,8 +668,9 @@ def _memory_dls(train, valid, bs, size, batch_tfms, device, held):
     for i,o in enumerate((train,valid)):
         side = tuple(o.x.shape[-2:])
         resize = [ResizeBatch(size, middle=i==1 and _enlarged(size, side))] if side!=size else []
-        tfms = [IntToFloatTensor(), *resize, *(L(batch_tfms) if i==0 else []), Normalize.from_stats(*imagenet_stats)]
-        if i==0 and _resizes(batch_tfms): tfms = L(batch_tfms)         # it takes uint8 and gives normalised floats
+        own = L(batch_tfms) if i==0 else []
+        tfms = [IntToFloatTensor(), *resize, *own, Normalize.from_stats(*imagenet_stats)]
+        if i==0 and _resizes(batch_tfms): tfms = L(batch_tfms)  # it takes uint8 and gives normalised floats
         ds = MemoryImages(o.x, torch.from_numpy(o.y).long(), o.vocab, i, size, held)
         dls.append(MemoryDL(ds, bs=bs, shuffle=i==0, drop_last=i==0, device=device, after_batch=tfms))
     return DataLoaders(*dls, device=device)
@@ -624,7 +687,8 @@ class CropMiddle(Transform):
         return x.crop((left, top, left+W, top+H))
 
 # %% ../nbs/08_data.ipynb #a496961c
-def _open_rgb(o:Path|str|Image.Image|np.ndarray|Tensor)->PILImage: return PILImage(load_rgb(o)) if isinstance(o, (str,Path)) else PILImage.create(o)
+def _open_rgb(o:Path|str|Image.Image|np.ndarray|Tensor)->PILImage:
+    return PILImage(load_rgb(o)) if isinstance(o, (str,Path)) else PILImage.create(o)
 
 def _file_dls(train, valid, bs, size, batch_tfms, device, num_workers):
     from fastai.vision.augment import RandomResizedCrop
@@ -632,13 +696,16 @@ def _file_dls(train, valid, bs, size, batch_tfms, device, num_workers):
     crop.split_idx = 0
     items = [[Path(f),train.vocab[i]] for o in (train,valid) for f,i in zip(o.x, o.y)]
     splits = [list(range(len(train))),list(range(len(train),len(items)))]
-    dsets = Datasets(items, [[itemgetter(0),_open_rgb],[itemgetter(1),Categorize(vocab=train.vocab, sort=False)]], splits=splits)
+    label = Categorize(vocab=train.vocab, sort=False)
+    dsets = Datasets(items, [[itemgetter(0),_open_rgb],[itemgetter(1),label]], splits=splits)
     dls = []
     for i in (0,1):
         tfms = [IntToFloatTensor(), *(L(batch_tfms) if i==0 else []), Normalize.from_stats(*imagenet_stats)]
-        if i==0 and (own := _resizes(batch_tfms)): tfms = [t.uncropped() if t in own else t for t in L(batch_tfms)]
-        dls.append(TfmdDL(dsets.subset(i), bs=bs, shuffle=i==0, drop_last=i==0, num_workers=num_workers, device=device,
-                          pin_memory=torch.device(device).type=='cuda', after_item=[crop, CropMiddle(size), ToTensor()], after_batch=tfms))
+        if i==0 and (own := _resizes(batch_tfms)):
+            tfms = [t.uncropped() if t in own else t for t in L(batch_tfms)]
+        dls.append(TfmdDL(dsets.subset(i), bs=bs, shuffle=i==0, drop_last=i==0, num_workers=num_workers,
+                          device=device, pin_memory=torch.device(device).type=='cuda',
+                          after_item=[crop, CropMiddle(size), ToTensor()], after_batch=tfms))
     return DataLoaders(*dls, device=device)
 
 # %% ../nbs/08_data.ipynb #7174d9ba
@@ -649,18 +716,24 @@ def _check_args(bs, size, batch_tfms, heldout, held):
     if not _whole(bs, 1): raise DataError(f'bs={bs!r}: give a whole number >= 1, the images in a batch')
     sides = size if is_listy(size) else (size,size)
     if size is not None and not (len(sides)==2 and all(_whole(o, 1) for o in sides)):
-        raise DataError(f'size={size!r}: give the side of the images in pixels, as 32, or (height, width), as (64, 96); None for the usual one')
-    if not _whole(heldout, 0): raise DataError(f'heldout={heldout!r}: give how many training images to hold out, a whole number, not a share; 0 for none')
+        raise DataError(f'size={size!r}: give the side of the images in pixels, as 32, or (height, width), '
+                        'as (64, 96); None for the usual one')
+    if not _whole(heldout, 0):
+        raise DataError(f'heldout={heldout!r}: give how many training images to hold out, a whole number, '
+                        'not a share; 0 for none')
     for t in L(batch_tfms):
-        if not callable(t): raise DataError(f'batch_tfms={batch_tfms!r}: {t!r} is no transform' + (f'; a recipe by name is batch_tfms=get_tfms({t!r})' if isinstance(t, str) else ''))
-    if held not in (None,'device','host','mapped'): raise DataError(f"held={held!r}: choose 'device', 'host' or 'mapped', or None for what `place` says")
+        if not callable(t):
+            hint = f'; a recipe by name is batch_tfms=get_tfms({t!r})' if isinstance(t, str) else ''
+            raise DataError(f'batch_tfms={batch_tfms!r}: {t!r} is no transform' + hint)
+    if held not in (None,'device','host','mapped'):
+        raise DataError(f"held={held!r}: choose 'device', 'host' or 'mapped', or None for what `place` says")
 
 # %% ../nbs/08_data.ipynb #7174d9bc
 def get_dls(
     data,            # a name of `list_data()`, or a folder with `train` and `valid` class folders
     bs=64,           # images a batch
     size=None,       # image side, or (H, W), in pixels; None: 32 for small sets, 224 for the others
-    batch_tfms=None, # transforms of training batches, run on the device on floats in 0..1; one that `resizes` gets the uint8 images
+    batch_tfms=None, # for training batches, on the device; they get floats in 0..1, one that `resizes` uint8
     device=None,     # None: fastai's default device
     heldout=0,       # judge on this many training images, cut out by class, instead of the test set
     seed=0,          # fixes which are held out
@@ -671,26 +744,33 @@ def get_dls(
     held=None,       # where: `device`, `host` or `mapped`; None: what `place` says
     cache=True,      # keep decoded images in a hidden file beside the data
     **kwargs         # for the reader of the set
-)->DataLoaders: # batches of (TensorImage (B, 3, H, W), TensorCategory (B,)), normalised by ImageNet's statistics
+)->DataLoaders: # batches: TensorImage (B, 3, H, W), normalised by ImageNet's statistics; TensorCategory (B,)
     "Images by name or folder, as fastai `DataLoaders`."
     _check_args(bs, size, batch_tfms, heldout, held)
     train,valid,name,source = open_data(data, path, expect, **kwargs)
     native = SPECS[name].size if data in list_data() else None
     size = tuple(int(o) for o in (size if is_listy(size) else (size or native or 224,)*2))
     if in_memory is None: in_memory = bool(native) or max(size)<=64
-    if not in_memory and torch.is_tensor(train.x): raise DataError(f'in_memory={in_memory!r}: {name} comes as one array, not as image files; leave `in_memory` out')
+    if not in_memory and torch.is_tensor(train.x):
+        raise DataError(f'in_memory={in_memory!r}: {name} comes as one array, not as image files; '
+                        'leave `in_memory` out')
     device = torch.device(ifnone(device, default_device()))
     stored = (native,native) if native else size
     n_bytes = (len(train)+len(valid))*3*math.prod(stored) if in_memory else 0
     held = (held or place(n_bytes, device)) if in_memory else 'files'
     if in_memory: train = _hold(train, name, 'train', stored, cache, held)
     if heldout:
-        if data=='photos': raise DataError('photos: held-out crops would share pixels with training crops; its own test crops come from another part of each photo, so leave `heldout` at 0')
+        if data=='photos':
+            raise DataError('photos: held-out crops would share pixels with training crops; '
+                            'its own test crops come from another part of each photo, so leave `heldout` at 0')
         valid,train = [train.take(i) for i in stratified(train.y, heldout, seed)][::-1]
     elif in_memory: valid = _hold(valid, name, 'test', stored, cache, held)
-    if len(train)<bs: raise DataError(f'{name} has {len(train)} training images, fewer than one batch of {bs}: choose a smaller `bs`')
+    if len(train)<bs:
+        raise DataError(f'{name} has {len(train)} training images, fewer than one batch of {bs}: '
+                        'choose a smaller `bs`')
     args = train,valid,int(bs),size,batch_tfms,device
     dls = _memory_dls(*args, held) if in_memory else _file_dls(*args, num_workers)
-    dls.info = AttrDict(name=name, n_train=len(train), n_valid=len(valid), size=size, mean=imagenet_stats[0], std=imagenet_stats[1],
-                        in_memory=in_memory, held=held, mbytes=round(n_bytes/2**20, 1), source=source)
+    dls.info = AttrDict(name=name, n_train=len(train), n_valid=len(valid), size=size,
+                        mean=imagenet_stats[0], std=imagenet_stats[1], in_memory=in_memory,
+                        held=held, mbytes=round(n_bytes/2**20, 1), source=source)
     return dls

@@ -199,13 +199,14 @@ def features_to_grid(
         _refuse(f, img_hw, "no spatial grid; tap the model before its pooling: tap='...'")
     ax = _axis_of_d(f.shape, H, W, num_features)
     if ax is None:
-        _refuse(f, img_hw, f"cannot tell which axis is D (num_features={num_features}); "
-                "pass num_features, or layout='NCHW' or 'NHWC' to as_backbone; in DrlocCallback: tap=dict(layout='NCHW')")
+        _refuse(f, img_hw, f"cannot tell which axis is D (num_features={num_features}); pass num_features, "
+                "or layout='NCHW' or 'NHWC' to as_backbone; in DrlocCallback: tap=dict(layout='NCHW')")
     g = f if ax==1 else rearrange(f, 'b h w d -> b d h w')
     h,w = g.shape[2:]
     if not _one_stride(h, w, H, W):
-        _refuse(f, img_hw, f"with D = {num_features} its grid would be {h} x {w}, which no stride makes of the image; pass "
-                "the right num_features; if the grid is not in proportion, layout='NCHW' or 'NHWC' to as_backbone")
+        _refuse(f, img_hw, f"with D = {num_features} its grid would be {h} x {w}, which no stride makes "
+                "of the image; pass the right num_features; if the grid is not in proportion, "
+                "layout='NCHW' or 'NHWC' to as_backbone")
     return g
 
 # %% ../nbs/04_hybrid.ipynb #a12c7aa5
@@ -220,7 +221,8 @@ class Adapter:
         head=None, # Features -> logits, if the model has such a part
     ):
         if layout not in (None,'NCHW','NHWC'):
-            raise ValueError(f"layout={layout!r} is unknown; choose 'NCHW' (channels first), 'NHWC' (channels last) or None")
+            raise ValueError(f"layout={layout!r} is unknown; choose 'NCHW' (channels first), "
+                             "'NHWC' (channels last) or None")
         self.model,self.tap,self.layout,self.head = model,tap,layout,head
         self.num_features,self.num_prefix_tokens = num_features,num_prefix_tokens
 
@@ -240,7 +242,8 @@ def unpack(self:Adapter,
     if isinstance(output, (tuple,list)): return output[0]
     if hasattr(output, 'last_hidden_state'): return output.last_hidden_state
     keys = f" with {', '.join(map(str, output))}" if isinstance(output, dict) else ''
-    raise ValueError(f"{self}: its tap returns a {type(output).__name__}{keys}; tap a submodule that returns one tensor: tap='...'")
+    raise ValueError(f"{self}: its tap returns a {type(output).__name__}{keys}; "
+                     "tap a submodule that returns one tensor: tap='...'")
 
 @patch
 def grid(self:Adapter,

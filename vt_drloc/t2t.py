@@ -29,8 +29,9 @@ class SoftSplit(nn.Module):
     ):
         super().__init__()
         if not kernel-stride <= 2*padding < kernel:
-            raise ValueError(f"kernel {kernel}, stride {stride}, padding {padding}: the grid would not become 1/{stride} "
-                             f"as wide; take a padding from {math.ceil(max(kernel-stride, 0)/2)} to {(kernel-1)//2}")
+            raise ValueError(f"kernel {kernel}, stride {stride}, padding {padding}: "
+                             f"the grid would not become 1/{stride} as wide; "
+                             f"take a padding from {math.ceil(max(kernel-stride, 0)/2)} to {(kernel-1)//2}")
         self.kernel,self.stride,self.padding = kernel,stride,padding
 
     def forward(self, x):
@@ -201,7 +202,8 @@ def check_size(self:T2T,
     check_stride(H, W, self.total_stride)
     h,w = (s*self.total_stride for s in self.grid_size)
     if (H,W)!=(h,w):
-        raise ValueError(f"image {H} x {W}: the positions are for {h} x {w}; resize it, or build T2T(img_size=({H}, {W}))")
+        raise ValueError(f"image {H} x {W}: the positions are for {h} x {w}; "
+                         f"resize it, or build T2T(img_size=({H}, {W}))")
 
 @patch
 def forward_features(self:T2T,
@@ -258,7 +260,8 @@ def t2t_resize_pos(
     "Spread the positions of trained weights over another grid, bicubic; the class token's stays"
     pos,n = sd['pos_embed'],math.prod(old_hw)
     if pos.shape[1]!=1+n:
-        raise ValueError(f"pos_embed holds {pos.shape[1]} positions, a class token and a grid {old_hw[0]} x {old_hw[1]} need {1+n}; "
+        raise ValueError(f"pos_embed holds {pos.shape[1]} positions, "
+                         f"a class token and a grid {old_hw[0]} x {old_hw[1]} need {1+n}; "
                          "pass the grid of the weights as old_hw")
     if tuple(old_hw)==tuple(new_hw): return dict(sd)
     grid = F.interpolate(to_grid(pos[:,1:].float(), *old_hw), tuple(new_hw), mode='bicubic')
@@ -267,10 +270,12 @@ def t2t_resize_pos(
 # %% ../nbs/12_t2t.ipynb #cd3f3aa6
 def _rename(name):
     "A name of the release in ours"
-    for old,new in (('module.',''), ('tokens_to_token.attention1.','mixers.0.'), ('tokens_to_token.attention2.','mixers.1.'), ('tokens_to_token.','')):
+    for old,new in (('module.',''), ('tokens_to_token.attention1.','mixers.0.'),
+                    ('tokens_to_token.attention2.','mixers.1.'), ('tokens_to_token.','')):
         if name.startswith(old): name = new+name[len(old):]
     if name.startswith('mixers'):
-        for old,new in (('.attn.','.'), ('.kqv.','.qkv.'), ('.mlp.0.','.mlp.fc1.'), ('.mlp.2.','.mlp.fc2.')): name = name.replace(old, new)
+        for old,new in (('.attn.','.'), ('.kqv.','.qkv.'), ('.mlp.0.','.mlp.fc1.'), ('.mlp.2.','.mlp.fc2.')):
+            name = name.replace(old, new)
     return name
 
 def t2t_from_release(
@@ -285,5 +290,6 @@ def t2t_from_release(
             t = torch.cat([q,key,v])
         out[_rename(name)] = t
     if 'project.weight' not in out or 'mixers.0.norm1.weight' not in out:
-        raise ValueError(f"no T2T-ViT: expected tokens_to_token.project.weight and others, found {', '.join(list(sd)[:3])}, ...")
+        raise ValueError(f"no T2T-ViT: expected tokens_to_token.project.weight and others, "
+                         f"found {', '.join(list(sd)[:3])}, ...")
     return out
