@@ -264,7 +264,7 @@ for _make,_of,_about,_facts in (
     (swin_mini, Swin, 'Swin for 32 pixels', {**_mini, **_swin_like}),
     (cvt_13_mini, CvTToken, "CvT for 32 pixels, its authors' way", _mini),
     (cvt_13_gap_mini, CvTGap, 'CvT for 32 pixels, the way the paper ran it', _mini),
-    (cvt_mini, CvT, 'CvT for 32 pixels, of chapter 4', _mini),
+    (cvt_mini, CvT, 'CvT for 32 pixels, the small one of the course', _mini),
     (demo_cvt, CvT, 'CvT of one stage, for demonstrations', _mini),
     (vit_mini, ViT, 'ViT for 32 pixels', _mini),
     (resnet_mini, ResNet, 'ResNet for 32 pixels', dict(size=32, multiple=1)),

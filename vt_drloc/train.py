@@ -205,7 +205,7 @@ class DecayRule(Callback):
 # %% ../nbs/10_train.ipynb #9d635077
 class FusedAdamW(Optimizer):
     "AdamW with fastai's groups and marks and PyTorch's fused kernel"
-    rates = None        # a tensor for each group, where a step is a graph (chapter 21) and must not hold a number
+    rates = None        # a tensor for each group, where a step is a graph (`step_graph`) and must not hold a number
     def __init__(self, params, lr, mom=0.9, sqr_mom=0.999, eps=1e-8, wd=0.05):
         super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
@@ -263,7 +263,7 @@ class DeviceRecorder(Recorder):
 # %% ../nbs/10_train.ipynb #4db5a5e7
 class Fp16(MixedPrecision):
     "fp16 with scaled gradients; a step that overflows is left out on the device"
-    recordable = True                        # all on the device, so a step can be one graph (chapter 21)
+    recordable = True                        # all on the device, so a step can be one graph (`step_graph`)
     _step_supports_amp_scaling = True        # the scaler then sets `found_inf` and calls `step`
     def __init__(self, device='cuda', **kwargs): # device; arguments of `GradScaler`
         super().__init__('fp16', **kwargs)
@@ -573,7 +573,7 @@ def position_report(
 
 # %% ../nbs/10_train.ipynb #b1a50007
 def _looks(model, dl, n):
-    "Statistics of attention on some validation images (chapter 16); `None` where they are not square"
+    "Statistics of attention on some validation images, by `looks`; `None` where they are not square"
     from vt_drloc.looks import attention_stats
     x = some_images(dl, n)[:n]
     return attention_stats(model, x) if x.shape[2]==x.shape[3] and len(x) > 1 else None
@@ -693,7 +693,7 @@ def _files(r, out, dls, device, beside, probe, save_every, minutes, resume):
     return cbs
 
 def _speed_up(model):
-    "The modules of chapter 21, imported where they are used: they need Triton"
+    "`speed` and its kernels, imported where they are used: they need Triton"
     from vt_drloc.speed import speed_up
     speed_up(model)
 
@@ -952,9 +952,9 @@ def demo_figure(
     fig,axs = plt.subplots(1, 2, figsize=(7.4,3.4), layout='constrained')
     guess = sum(best_guess(8,8).error)/2
     for k,(pad,es) in enumerate(errors.items()):
-        axs[0].bar([i+.38*k for i in range(len(es))], es.values(), .36, label=f'{pad} padding', color=PALETTE[['blue','orange'][k]])
+        axs[0].bar([i+.38*(k-(len(errors)-1)/2) for i in range(len(es))], es.values(), .36, label=f'{pad} padding', color=PALETTE[['blue','orange'][k]])
     axs[0].axhline(guess, color=PALETTE['grey'], ls='--', label=f'guessing: {guess:.2f}')
-    axs[0].set(xticks=[i+.19 for i in range(3)], xticklabels=list(es), ylabel='mean error (cells)', title='the guessing game, 8 x 8 grid')
+    axs[0].set(xticks=range(len(es)), xticklabels=[name.replace(' ', '\n') for name in es], ylabel='mean error (cells)', title='the guessing game, 8 x 8 grid')
     axs[0].set_ylim(0, 1.5*max(guess, *(e for es in errors.values() for e in es.values())))
     axs[0].legend(loc='upper left')
     if curves: plot_curves(curves, 'test accuracy (%)', ax=axs[1]); axs[1].set_title('CIFAR-10, committed runs on a GPU')
