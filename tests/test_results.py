@@ -119,7 +119,7 @@ def test_two_by_two(full):
     assert [*t['at epoch 40']] == ['79.20','55.00','75.00','56.25'] and [*t['last epoch']] == ['88.00','55.00','75.00','62.50'] and t.loc[('1,024','101 of 300'),'best epoch']=='62.75'
     assert [round(v, 2) for v in space['effect'].values()] == [-24.2, -18.75, -4.2, 1.25]
     said = space['where_text']()
-    assert 'larger change is that of the **batch**' in said and '**62.50 %**, 3.03 points above' in said and 'falls by 25.50 points' in said and '3.03 more' in said
+    assert 'larger change is that of the **batch with its rate**' in said and '**62.50 %**, 3.03 points above' in said and 'falls by 25.50 points' in said and '3.03 more' in said
     assert re.search(r'3 seeds of one and the same setting lie within 0\.6[78] points', said)
 
 def test_below_the_paper_is_said(monkeypatch):
@@ -190,7 +190,7 @@ def test_the_task_that_keeps_a_run_from_breaking(full, monkeypatch):
     space,_ = page(swin, recs, monkeypatch)
     assert 'one over one that breaks' not in space['kept_text']() and 'run with it did not' not in space['advice']()
 
-@pytest.mark.parametrize('second,said', [(.3,'**Three fast parts are not what it takes.**'), (.9,'**The fast parts may be the cause.**')])
+@pytest.mark.parametrize('second,said', [(.3,'**The three fast parts are not the cause.**'), (.9,'**The fast parts may be the cause.**')])
 def test_is_it_our_speed(second, said, monkeypatch):
     "The plain run breaks down as well, or goes on"
     plain = read_plan(results/'plans'/'224px_breakdown.txt')[0]
