@@ -756,8 +756,10 @@ def claims_table(
         rows.append(dict(claim=claim, source=source, verdict=overall(vs), rests=counts, page=page))
     return pd.DataFrame(rows)
 
+_pages = {'01':'a small CvT', '02':'three small networks', '03':'Swin-T at 224 pixels', '22':'the benchmark'}
+
 def claims_markdown(table)->str:
     "The table of claims with its links"
-    head = '| claim | in the paper | verdict | networks and data sets | evidence |\n|---|---|---|---|---|\n'
-    link = lambda r: ', '.join(f'[{Path(p).stem.split("_")[0]}]({p})' for p in r.page.split()) if r.verdict!=UNTESTED else ''
+    head = '| claim | in the paper | verdict | count of verdicts | evidence |\n|---|---|---|---|---|\n'
+    link = lambda r: ', '.join(f'[{_pages[Path(p).stem[:2]]}]({p})' for p in r.page.split()) if r.verdict!=UNTESTED else ''
     return head + '\n'.join(f'| {r.claim} | {r.source} | **{r.verdict}** | {r.rests} | {link(r)} |' for _,r in table.iterrows())
