@@ -46,7 +46,7 @@ class Case:
     patches:bool = False # Patches as a product
     cudnn:bool = False # Allow cuDNN's attention alone, which the networks leave out otherwise
     mode:str = '' # Of `torch.compile`; empty: its default
-    one_graph:bool = False # Record the whole step, optimizer included, as one CUDA graph (chapter 21)
+    one_graph:bool = False # Record the whole step, optimizer included, as one CUDA graph
     arms:tuple = ('compiled',) # 'eager' or 'compiled'; behind it nothing, 'side', or a first piece of it: 'out', 'draw', 'grid'
     kind:str = 'steps' # 'steps' on one batch; 'released': the same from packages alone; 'rival': that with its data; 'learner': all of fastai's training
     recipe:dict = field(default_factory=dict) # For 'learner': settings of its `Recipe`
@@ -1150,7 +1150,7 @@ def _run_section(section, device, rounds, minutes, **more):
 # %% ../nbs/22_bench.ipynb #f55f3ec7
 @call_parse
 def main(
-    section:str='speed', # One of the sections of chapter 22
+    section:str='speed', # One of the sections; of an unknown one it names all
     out:str='nbs/results/bench', # Folder for the record, SECTION.json
     device:str='cuda', # 'cuda' or 'cpu'
     rounds:int=0, # Blocks of each arm; 0: the section's own number, mostly 20
