@@ -31,9 +31,9 @@ def record(path, accs, n=8, **kw):
     if accs: rec['final'] = dict(accuracy=accs[-1], epoch=len(accs)-1)
     path.with_suffix('.json').write_text(json.dumps(rec))
 
-def said(capsys, *args):
+def said(capsys, *args, **kw):
     capsys.readouterr()
-    eval_main(*map(str, args), device='cpu')
+    eval_main(*map(str, args), device='cpu', **kw)
     return capsys.readouterr().out
 
 # --- classes
@@ -159,3 +159,47 @@ def test_a_side_is_enough(photo):
     net = create_model('demo_cvt', 2)
     for s in (32,96): assert torch.equal(prepare(photo, s), prepare(photo, (s,s)))
     assert name_photo(net, photo, ['a','b'], 32)==name_photo(net, photo, ['a','b'], (32,32))==name_photo(net, photo, ['a','b'], [32,32])
+
+@pytest.mark.parametrize('size,in_memory', [(16,True), (64,True), (72,False), ((48,72),False)])
+def test_a_photo_is_prepared_as_the_test_images_are(photo, tmp_path, size, in_memory):
+    for f in ('train/a/0.png','train/b/1.png','valid/a/2.png','valid/b/3.png'):
+        (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
+        photo.rotate(40*int(f[-5])).save(tmp_path/f)
+    dls = get_dls(str(tmp_path), bs=2, size=size, in_memory=in_memory, num_workers=0, device='cpu')
+    [(x,_)] = [*dls.valid]
+    assert torch.allclose(torch.cat([prepare(tmp_path/f'valid/{c}.png', size) for c in ('a/2','b/3')]), torch.Tensor(x), atol=1e-5)
+
+def test_names_come_with_their_probabilities(photo):
+    "Those of evaluation, best first, whatever mode the network is in"
+    torch.manual_seed(0)
+    net = create_model('demo_cvt', 4).train()
+    got = name_photo(net, photo, list('abcd'), 32, 3)
+    with torch.no_grad(): p = net.eval()(prepare(photo, 32)).softmax(-1)[0]
+    assert [n for n,_ in got]==['abcd'[i] for i in p.argsort(descending=True)[:3]]
+    assert [q for _,q in got]==pytest.approx(sorted(p.tolist())[:0:-1]) and len(name_photo(net, photo, list('abcd'), top=9))==4
+    with pytest.raises(ValueError, match='3 class names for 4 outputs: pass the vocabulary'): name_photo(net, photo, list('abc'))
+
+def test_names_of_the_data_set_where_the_header_has_none(grey, photo, tmp_path, capsys):
+    f,p = checkpoint(tmp_path/'w.safetensors', grey),tmp_path/'p.png'
+    photo.save(p)
+    for kw in ({}, dict(data=str(grey))): assert all(n in said(capsys, f, p, **kw) for n in ('bright','dark'))
+    torch.manual_seed(0)
+    save_model(create_model('demo_cvt', 2, img_size=16), tmp_path/'bare.safetensors')
+    with pytest.raises(SystemExit, match='holds no class names: name the data set'): eval_main(str(tmp_path/'bare.safetensors'), str(p), device='cpu')
+    with pytest.raises(SystemExit, match='does not say what it was trained on'): eval_main(str(tmp_path/'bare.safetensors'), device='cpu')
+
+# --- scores
+
+def test_a_score_by_hand():
+    "Over batches of unlike size, in evaluation, exact where bfloat16 would be off"
+    torch.manual_seed(0)
+    net,x,y = nn.Sequential(nn.Dropout(.5), nn.Flatten(), nn.Linear(12, 3)).train(),torch.randn(7, 3, 2, 2),torch.tensor([0,1,2,0,1,2,0])
+    got = score(net, [*zip(x.split(3), y.split(3))])
+    with torch.no_grad(): p = net.eval()(x).double().log_softmax(-1)
+    assert got==dict(n=7, accuracy=(p.argmax(-1)==y).sum().item()/7, loss=pytest.approx(-p[range(7),y].mean().item(), rel=1e-6))
+
+def test_fewer_images_to_score(tmp_path):
+    "Images that were held out in training are those that are scored"
+    f = checkpoint(tmp_path/'w.safetensors', 'digits', 10)
+    assert check_record(f, heldout=50, device='cpu')['n']==50
+    assert check_record(f, device='cpu')['n']!=50
