@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 import vt_drloc.randaugment as R
 from vt_drloc.randaugment import *
-from vt_drloc.augment import AsOne, LightEach, MixupCutmix, get_tfms, plain
+from vt_drloc.augment import AffineEach, AsOne, EraseEach, LightEach, MixupCutmix, get_tfms, plain
 from vt_drloc.data import get_dls, photo_crops
 
 cpu = torch.device('cpu')
@@ -394,3 +394,32 @@ def test_compiled_minimum_of_bytes():
     f = lambda x: apply_op(x, op, arg, 0.)                                   # room for the fewest of the other operations
     assert torch.equal(torch.compile(f, fullgraph=True, dynamic=False)(x), f(x))
     torch.compiler.reset()
+
+# ---- the light augmentation: draws within what is asked for, and all of it
+
+def test_affine_draws():
+    "Half are mirrored and half turned and zoomed, over the whole range; every image moves by whole pixels"
+    torch.manual_seed(0)
+    a,H,W = AffineEach(shift=4, max_deg=10, max_zoom=1.25),32,48
+    t = a.theta(torch.zeros(4000, 3, H, W))
+    c,s = t[:,1,1],-t[:,0,1]*W/H
+    deg,zoom,mirrored,move = torch.rad2deg(torch.atan2(s, c)),(c*c+s*s).sqrt(),t[:,0,0]<0,t[:,:,2]*torch.tensor([W,H])/2
+    assert torch.allclose(t[:,0,0], c*(1-2*mirrored.float())) and torch.allclose(t[:,1,0], s*W/H*(1-2*mirrored.float()), atol=1e-6)
+    assert .45 < mirrored.float().mean() < .55 and .45 < (deg==0).float().mean() < .55 and ((deg==0)==((zoom-1).abs()<1e-6)).float().mean() > .999
+    assert 9.8 < deg.max() <= 10.001 and -10.001 <= deg.min() < -9.8 and abs(deg.mean()) < .3
+    assert 1.24 < zoom.max() < 1.2501 and .7999 < zoom.min() < .806 and abs(zoom.log().mean()) < .006
+    assert (move-move.round()).abs().max() < 1e-4 and all({*move[:,i].round().int().tolist()}=={*range(-4,5)} for i in (0,1))
+
+def test_erased_boxes():
+    "One box of noise in as many images as asked for, of the size asked for, anywhere; the rest stays"
+    e,x = EraseEach(p=.5, lo=.1, hi=.3),torch.full((3000, 3, 32, 32), 7.)
+    torch.manual_seed(0); m = e.boxes(x)[:,0]
+    torch.manual_seed(0); y = e.plain(x)
+    inside = m[:,None].expand_as(x)
+    assert (y[~inside]==7).all() and (y[inside]!=7).all() and abs(y[inside].mean()) < .01 and abs(y[inside].std()-1) < .01
+    rows,cols = m.any(2),m.any(1)
+    assert torch.equal(m, rows[:,:,None]&cols[:,None,:]) and all(((o.int().diff(dim=1)!=0).sum(1)<=2).all() for o in (rows,cols))
+    some = m.any((1,2))
+    area,aspect = m.float().mean((1,2))[some],rows.sum(1)[some]/cols.sum(1)[some]
+    assert .46 < some.float().mean() < .54 and .08 < area.min() < .12 and .28 < area.max() < .32
+    assert .25 < aspect.min() < .35 and 2.9 < aspect.max() < 4 and m.any(0).all()

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 import matplotlib; matplotlib.use('Agg')
-from fastai.vision.all import (Learner, TfmdDL, TensorImage, TensorCategory, Datasets, PILImage, CrossEntropyLossFlat, set_seed, accuracy,
+from fastai.vision.all import (DisplayedTransform, Learner, TfmdDL, TensorImage, TensorCategory, Datasets, PILImage, CrossEntropyLossFlat, set_seed, accuracy,
                                SGD, load_learner, DataLoaders, Category, Normalize, IntToFloatTensor)
 import vt_drloc.data as D
 from vt_drloc.data import get_dls,list_data,SPECS,DataError,MemoryDL,MemoryImages,stratified,decode,crop_boxes,photo_crops,data_home
@@ -215,6 +215,15 @@ def test_folder_in_memory(tmp_path, valid):
     dls = get_dls(folder(tmp_path/'bugs', valid=valid), bs=4, size=32, device=cpu)
     assert type(dls.train) is MemoryDL and list(dls.vocab)==['ant','bee'] and dls.info.name=='bugs'
     assert (dls.info.n_train,dls.info.n_valid)==(12,8) and dls.one_batch()[0].shape==(4,3,32,32)
+
+class Mark(DisplayedTransform):
+    order = 20                                                                                         # after the floats, before they are normalised
+    def encodes(self, x:TensorImage): return x+100
+
+@pytest.mark.parametrize('in_memory', [True,False])
+def test_transforms_are_for_training_batches(tmp_path, in_memory):
+    dls = get_dls(folder(tmp_path/'bugs', size=(64,64)), bs=4, size=64, batch_tfms=[Mark()], in_memory=in_memory, num_workers=0, device=cpu)
+    assert dls.train.one_batch()[0].min() > 100 and dls.valid.one_batch()[0].max() < 10
 
 def test_folder_from_files(tmp_path):
     root = folder(tmp_path/'bugs', suffix='jpg', size=(90,70))

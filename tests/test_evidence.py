@@ -30,7 +30,7 @@ def test_interval_by_hand():
 
 @pytest.mark.parametrize('gains,said', [
     ([1.,1.1,.9], 'holds'), ([-1.,-1.1,-.9], 'does not'), ([.1,-.1,0.], 'does not'), ([3.,-3.,0.], 'undecided'),
-    ([1.,2.], 'no verdict'), ([5.], 'no verdict'), ([], 'not tested yet'), ([.45,.47,.46], 'holds'), ([.2,-.1,.05,.1], 'does not')])
+    ([1.,2.], 'no verdict'), ([5.], 'no verdict'), ([], 'not tested yet'), ([.45,.47,.46], 'holds'), ([-.74,-.5,-.26], 'undecided'), ([.2,-.1,.05,.1], 'does not')])
 def test_verdict(gains, said): assert verdict(gains) == said
 
 def test_verdict_at_the_edge():

@@ -180,3 +180,11 @@ def test_a_run_writes_it(tmp_path):
     rec = json.loads(next(tmp_path.glob('*.json')).read_text())
     table = stats_table({'run': rec['attention']})
     assert len(rec['attention']) == len(table) > 0 and table.notna().all().all() and set(rec['attention'][0]) == {'block','distance','even','entropy','image'}
+
+def test_head_stats_by_hand():
+    "Of two images on a 2 x 2 grid each cell of the first looks at itself, each of the second at the first cell"
+    w = torch.stack([torch.eye(4), F.one_hot(torch.zeros(4, dtype=torch.long), 4).float()])[:,None]
+    got,far = head_stats(w, torch.ones_like(w, dtype=torch.bool), 1),(2+2**.5)/4
+    assert {k: v.item() for k,v in got.items()}==pytest.approx(dict(distance=far/2, even=far, entropy=0., image=.75))
+    same = head_stats(torch.full((2,1,4,4), .25), torch.ones(2, 1, 4, 4, dtype=torch.bool), 1)
+    assert {k: v.item() for k,v in same.items()}==pytest.approx(dict(distance=far, even=far, entropy=1., image=0.))

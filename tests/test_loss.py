@@ -297,7 +297,8 @@ def test_numpy_counts_are_whole_numbers():
     (lambda: DrlocLoss(8)(torch.randn(2, 16, 7, 7)), r'16 features.*built for 8.*DrlocLoss\(dim=16\)'),
     (lambda: gather_pairs(torch.randn(2, 8, 7, 7), all_pairs(7, 7)), r'shape \(2401, 2\).*\(2, m, 2\)'),
     (lambda: gather_pairs(torch.randn(2, 8, 7, 7), torch.zeros(1, 4, 2, dtype=torch.long)), 'batch of 2'),
-    (lambda: query_pairs((7,0), 7, 7), r'query=\(7, 0\) lies outside the 7 x 7 grid')])
+    (lambda: gather_pairs(torch.randn(2, 8, 7, 7), torch.zeros(2, 4, 3, dtype=torch.long)), r'shape \(2, 4, 3\).*\(2, m, 2\)'),
+    *[(lambda q=q: query_pairs(q, 7, 7), rf'query=\({q[0]}, {q[1]}\) lies outside the 7 x 7 grid') for q in ((7,0),(0,7),(-1,0),(0,-1))]])
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words): call()
 
