@@ -728,6 +728,27 @@ def _check_args(bs, size, batch_tfms, heldout, held):
     if held not in (None,'device','host','mapped'):
         raise DataError(f"held={held!r}: choose 'device', 'host' or 'mapped', or None for what `place` says")
 
+# %% ../nbs/08_data.ipynb #7174d9b1
+def _all_in_memory(train, name, in_memory, native, size):
+    "Are all images held, or read from files one by one?"
+    if in_memory is None: in_memory = bool(native) or max(size)<=64
+    if not in_memory and torch.is_tensor(train.x):
+        raise DataError(f'in_memory={in_memory!r}: {name} comes as one array, not as image files; '
+                        'leave `in_memory` out')
+    return in_memory
+
+def _hold_out(train, data, n, seed):
+    "The training images, and those held out from them"
+    if data=='photos':
+        raise DataError('photos: held-out crops would share pixels with training crops; '
+                        'its own test crops come from another part of each photo, so leave `heldout` at 0')
+    return [train.take(i) for i in stratified(train.y, n, seed)]
+
+def _fills_a_batch(train, name, bs):
+    if len(train)<bs:
+        raise DataError(f'{name} has {len(train)} training images, fewer than one batch of {bs}: '
+                        'choose a smaller `bs`')
+
 # %% ../nbs/08_data.ipynb #7174d9bc
 def get_dls(
     data,            # a name of `list_data()`, or a folder with `train` and `valid` class folders
@@ -750,24 +771,15 @@ def get_dls(
     train,valid,name,source = open_data(data, path, expect, **kwargs)
     native = SPECS[name].size if data in list_data() else None
     size = tuple(int(o) for o in (size if is_listy(size) else (size or native or 224,)*2))
-    if in_memory is None: in_memory = bool(native) or max(size)<=64
-    if not in_memory and torch.is_tensor(train.x):
-        raise DataError(f'in_memory={in_memory!r}: {name} comes as one array, not as image files; '
-                        'leave `in_memory` out')
+    in_memory = _all_in_memory(train, name, in_memory, native, size)
     device = torch.device(ifnone(device, default_device()))
     stored = (native,native) if native else size
     n_bytes = (len(train)+len(valid))*3*math.prod(stored) if in_memory else 0
     held = (held or place(n_bytes, device)) if in_memory else 'files'
     if in_memory: train = _hold(train, name, 'train', stored, cache, held)
-    if heldout:
-        if data=='photos':
-            raise DataError('photos: held-out crops would share pixels with training crops; '
-                            'its own test crops come from another part of each photo, so leave `heldout` at 0')
-        valid,train = [train.take(i) for i in stratified(train.y, heldout, seed)][::-1]
+    if heldout: train,valid = _hold_out(train, data, heldout, seed)
     elif in_memory: valid = _hold(valid, name, 'test', stored, cache, held)
-    if len(train)<bs:
-        raise DataError(f'{name} has {len(train)} training images, fewer than one batch of {bs}: '
-                        'choose a smaller `bs`')
+    _fills_a_batch(train, name, bs)
     args = train,valid,int(bs),size,batch_tfms,device
     dls = _memory_dls(*args, held) if in_memory else _file_dls(*args, num_workers)
     dls.info = AttrDict(name=name, n_train=len(train), n_valid=len(valid), size=size,
