@@ -76,6 +76,18 @@ def test_odd_histograms(op, make):
     got,want = apply_op(x, torch.tensor([op]), a),to_tensor(pil_op(to_pil(x[0]), op, 1.9))[None]
     assert diff(got, want)<0.5
 
+def test_arguments_are_timms():
+    "To the last whole number, at each magnitude"
+    levels = torch.linspace(0, 10, 41)
+    for k,name in enumerate(TIMM):
+        theirs = timm_aa.LEVEL_TO_ARG[name]
+        if theirs is None or k in (R.TRANSX,R.TRANSY): continue
+        ours = op_args(torch.full((1,41), k), levels[None]/10, torch.ones(1, 41), (32,32))[0]
+        want = torch.tensor([float(theirs(l, {})[0]) for l in levels.tolist()])
+        if k not in (R.POSTER,R.SOLAR,R.ADD): ours,want = (ours-ours[0]).abs(),(want-want[0]).abs()     # timm draws the sign here
+        assert torch.allclose(ours, want, atol=1e-5), name
+    assert FILL==(124,116,104)
+
 # ---- crop and resize
 
 @pytest.mark.parametrize('side,size', [((32,32),(224,224)), ((60,90),(32,48)), ((200,120),(64,64))])
@@ -135,6 +147,15 @@ def test_pipeline_is_timms(source, monkeypatch):
         assert plain.any() and diff(fast, want)[plain].max()<0.6
         geometry = ((d.op==R.NONE)|R._geometric(d.op)).all(0)&~plain
         assert geometry.any() and diff(fast, want)[geometry].max()<1.5
+
+@pytest.mark.parametrize('op', [o for o in range(R.NONE+1) if o!=R.SHARP], ids=lambda o: [*OPS,'None'][o])
+def test_what_lies_outside_a_crop_does_not_matter(op):
+    "To the fast form as little as to the exact one, which cuts first; and the two agree"
+    x,ops = photos(6, 32),torch.full((1,6), op)
+    y = torch.tensor([0,255], dtype=torch.uint8).repeat(3).view(6,1,1,1).repeat(1,3,32,32); y[:,:,6:26,4:28] = x[:,:,6:26,4:28]
+    d = Draws(torch.tensor([[6,4,20,24.]]*6).T, torch.zeros(6, dtype=torch.bool), ops, op_args(ops, torch.full((1,6), .9), torch.tensor([[1.,-1]*3]), (96,96)), torch.zeros(4, 6))
+    fast = paper_fast(x, d, (96,96))
+    assert (fast-paper_fast(y, d, (96,96))).abs().max()<1e-3 and diff(fast, paper_exact(y, d, (96,96))).mean()<7
 
 def test_fill_goes_through_what_comes_after():
     x = photos(2, 32)
@@ -270,7 +291,8 @@ def test_bad_input():
         with pytest.raises(ValueError, match=r"area=\(.*\): give the least and the most"): PaperAugment(32, area=area)
     with pytest.raises(TypeError, match='torch.float32: PaperAugment takes uint8'): PaperAugment(32).run(torch.rand(2,3,32,32))
     with pytest.raises(ValueError, match=r"80 x 80 pixels are larger than the result of 64 x 64.*mode='exact'"): PaperAugment(64).run(photos(3, 80))
-    assert PaperAugment(64, mode='exact').run(photos(3, 80)).shape==(3,3,64,64)
+    with pytest.raises(ValueError, match='40 x 80 pixels are larger'): PaperAugment(64).run(photos(3, 80)[:,:,:40])
+    assert PaperAugment(64, mode='exact').run(photos(3, 80)).shape==(3,3,64,64) and PaperAugment(32, area=(1.,1.)).area==(1.,1.)
     with pytest.raises(ValueError, match='choose from none, light, strong, paper, paper_exact'): get_tfms('papier')
 
 def test_speed_table():
@@ -409,6 +431,15 @@ def test_affine_draws():
     assert 9.8 < deg.max() <= 10.001 and -10.001 <= deg.min() < -9.8 and abs(deg.mean()) < .3
     assert 1.24 < zoom.max() < 1.2501 and .7999 < zoom.min() < .806 and abs(zoom.log().mean()) < .006
     assert (move-move.round()).abs().max() < 1e-4 and all({*move[:,i].round().int().tolist()}=={*range(-4,5)} for i in (0,1))
+
+def test_light_draws():
+    "Half are lighter or darker and half of other contrast, over the whole range; about the image's own mean"
+    torch.manual_seed(0)
+    x = torch.tensor([.3,.5]).view(2,1).expand(4000,3,2,2)
+    y = LightEach(max_lighting=.2, p=.5).plain(x)
+    bright,scale = y.mean((1,2,3))-.4,(y[:,0,1,0]-y[:,0,0,0])/.2
+    assert -.1001 < bright.min() < -.095 and .095 < bright.max() < .1001 and .799 < scale.min() < .81 and 1.19 < scale.max() < 1.201
+    assert all(.46 < (o.abs()>1e-5).float().mean() < .54 for o in (bright, scale-1))
 
 def test_erased_boxes():
     "One box of noise in as many images as asked for, of the size asked for, anywhere; the rest stays"

@@ -183,12 +183,19 @@ def test_total_is_ce_plus_lambda_drloc_and_columns():
         def after_loss(self): seen.append(self.loss_grad.item()); assert self.loss.item() == self.loss_grad.item()
     cb = drloc(0.25)
     learn = learner([cb, See(), SeeTotal()], metrics=accuracy)
-    learn.fit(1)
-    ce,total = np.array(seen).reshape(-1,2).T
+    learn.fit(2)
+    ce,total = np.array(seen).reshape(-1,2)[4:].T                 # of the second epoch alone
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     assert list(learn.recorder.metric_names) == ['epoch','train_loss','valid_loss','accuracy','ce','drloc','lambda','time']
     assert row['ce'] == pytest.approx(ce.mean(), rel=1e-5) and row['lambda'] == 0.25
     assert row['drloc'] == pytest.approx(((total-ce)/0.25).mean(), rel=1e-4)
+
+def test_options_reach_the_loss_and_the_defaults_are_the_papers():
+    asked = dict(m=5, hidden=7, reduction='sum')
+    cb,plain = DrlocCallback(.5, **asked),DrlocCallback()
+    learner(cb).fit(1)
+    assert dict(m=cb.loss_fn.m, hidden=cb.loss_fn.mlp[0].out_features, reduction=cb.loss_fn.reduction) == asked
+    assert (plain.lambda_drloc, plain.m, plain.hidden, plain.reduction) == (.1, 64, 512, 'mean')
 
 def test_schedule_of_lambda():
     lams = Watch('after_backward', lambda l: l.drloc.lam)
@@ -554,10 +561,11 @@ def test_a_generator_named_without_its_index_keeps_its_state(tmp_path):
     assert new is not stock and new.device == torch.device('cpu') and torch.equal(new.get_state(), stock.get_state())
     assert not torch.equal(new.get_state(), torch.Generator().manual_seed(learn.drloc.seed+1).get_state())
 
-def test_load_without_optimizer_starts_the_moments_anew(tmp_path):
+@pytest.mark.parametrize('saved', [True, False])
+def test_load_without_optimizer_starts_the_moments_anew(saved, tmp_path):
     a = learner(drloc(), path=tmp_path)
     a.fit(1)
-    a.save('x', with_opt=False)
+    a.save('x', with_opt=saved)
     b = learner(drloc(), path=tmp_path).load('x', with_opt=False)
     assert same(mlp(a), mlp(b)) and b.drloc.opt_state is None
 
@@ -792,7 +800,7 @@ def test_nan_after_a_short_or_skipped_epoch_and_in_the_last_step():
     class BadStep(Callback):
         def after_step(self):
             if self.iter==3: self.model.head.bias.data.fill_(float('inf'))
-    with pytest.raises(NonFiniteLossError, match='epoch 0, validation'): learner(StopOnNonFinite()).fit(2, cbs=BadStep())
+    with pytest.raises(NonFiniteLossError, match='epoch 0, validation'): learner(StopOnNonFinite()).fit(1, cbs=BadStep())
 
 def test_what_to_try_against_a_nan():
     "cuDNN's attention is named where it can have been at work: on a GPU, unless it is forbidden there"

@@ -130,7 +130,8 @@ def test_reach_of_windows():
 
 def test_reach_refuses_a_cell_outside():
     "A cell outside the grid is named with the grid"
-    with pytest.raises(ValueError, match=r'cell \(8, 0\) is not in the 8 x 8 grid'): reach(create_model('demo_cvt'), 32, cell=(8,0))
+    for cell in ((8,0), (0,8), (-1,0), (0,-1)):
+        with pytest.raises(ValueError, match=rf'cell \({cell[0]}, {cell[1]}\) is not in the 8 x 8 grid'): reach(create_model('demo_cvt'), 32, cell=cell)
 
 def test_every_network_is_measured_once():
     "All registered networks are among the contenders, the subset to compile is stated, and no case comes twice"
@@ -141,6 +142,34 @@ def test_every_network_is_measured_once():
         assert len(keys) == len(set(keys))
     eager = {k[:2] for k in keys if not k[-1] and k[4]=='train' and k[5]=='bf16'}
     assert eager == {(c.name,c.by) for g in groups for c in g}
+
+def test_steps_of_a_measurement():
+    "Large and small networks have the batches and the classes of the page, and a try-out four images; spaces between names do not matter"
+    big,small = (g[0] for g in contenders(only='swin_t, swin_mini'))
+    assert (big.size,big.batch,big.classes) == (224,128,1000) and (small.size,small.batch,small.classes) == (32,512,10)
+    assert {c.batch for g in contenders(True) for c in g} == {4}
+
+def test_what_is_compiled_and_what_is_float32():
+    "Three large transformers in float32, and training of ours compiled; with more also inference of the five large ones and the rivals"
+    groups = contenders()
+    short,long = ([o for g in cases(groups, more) for o in g] for more in (False,True))
+    assert {c.name for c,_,precision,_ in short if precision=='float32'} == {'swin_t','cvt_13','t2t_vit_14'}
+    assert {(c.by,kind) for c,kind,_,compiled in short if compiled} == {('vt_drloc','train')} and all(o in long for o in short)
+    assert {(c.name,c.by,kind) for c,kind,_,_ in long[len(short):]} == {(n,'vt_drloc','infer') for n in ('swin_t','cvt_13','t2t_vit_14','resnet50','vit_base_16')} | {(n,by,'train') for n,l in compare.RIVALS.items() for by,*_ in l}
+
+@pytest.mark.parametrize('precision,dtype', [('bf16',torch.bfloat16), ('float32',torch.float32)])
+@pytest.mark.parametrize('kind', ['train','infer'])
+def test_a_step_has_the_precision_that_it_is_named_after(kind, precision, dtype):
+    seen = []
+    class Net(nn.Linear):
+        def forward(self, x): y = super().forward(x.flatten(1)); seen.append((y.dtype,self.training)); return y
+    Bench(Contender('net', 'nobody', lambda: Net(3*32*32, 10), 32, 4, 10), 'cpu', kind, precision).step()
+    assert seen == [(dtype,kind=='train')]
+
+def test_time_of_a_record_adds_up(tmp_path):
+    "What was spent before it was started again counts too"
+    for seconds in (1.,2.): compare.Record(tmp_path/'m.json', 'cpu').write(seconds)
+    assert read_record(tmp_path/'m.json')['seconds'] == 3
 
 def test_errors():
     "Wrong names, kinds and files are named"

@@ -86,6 +86,9 @@ def test_digits():
     mean,std = (torch.tensor(o).view(3,1,1) for o in (dls.info.mean,dls.info.std))
     raw = x.as_subclass(torch.Tensor)*std+mean
     assert -1e-5<raw.min() and raw.max()<1+1e-5 and raw.std()>0.2
+    from sklearn.datasets import load_digits
+    held = torch.cat([dls.train_ds.x,dls.valid_ds.x]).float().mean()/255
+    assert held.item()==pytest.approx(load_digits().images.mean()/16, abs=.002)     # as bright as scikit-learn's
     a,b = (get_dls('digits', device=cpu).valid_ds.y for _ in range(2))
     assert a.equal(b) and a.bincount().min()>=34                      # the same split each time, every class at its share
     assert dls.info.in_memory and dls.info.name=='digits' and dls.info.size==(32,32)
@@ -205,8 +208,9 @@ def test_sizes():
     dls = get_dls('digits', size=(24,40), device=cpu)
     assert dls.valid.one_batch()[0].shape==(64,3,24,40) and dls.info.size==(24,40)
 
-def test_labels_outside_the_classes():
-    with pytest.raises(DataError, match='outside the 2 classes'): MemoryImages(torch.zeros(2,3,4,4, dtype=torch.uint8), torch.tensor([0,2]), ['a','b'])
+@pytest.mark.parametrize('y', [[0,2], [-1,1]])
+def test_labels_outside_the_classes(y):
+    with pytest.raises(DataError, match='outside the 2 classes'): MemoryImages(torch.zeros(2,3,4,4, dtype=torch.uint8), torch.tensor(y), ['a','b'])
 
 # ---- folders
 
@@ -236,6 +240,10 @@ def test_folder_from_files(tmp_path):
     learn = Learner(get_dls(root, bs=4, size=64, num_workers=0, in_memory=False, device=cpu), net(2), loss_func=CrossEntropyLossFlat())
     with learn.no_bar(): assert learn.predict(root/'train/ant/0.jpg')[0] in ('ant','bee')
     learn.dls.show_batch(max_n=2)
+
+def test_a_folder_in_the_users_home(tmp_path, monkeypatch):
+    folder(tmp_path/'bugs'); monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    assert get_dls('~/bugs', bs=4, size=32, device=cpu).info.n_train==12
 
 def test_middle_crop_is_the_papers():
     from torchvision.transforms import v2
@@ -325,7 +333,7 @@ def test_order_drawn_on_the_device(monkeypatch):
     dl.randomize(); a,b = dl.draw_order('cpu'),dl.draw_order('cpu')
     assert a.sort()[0].equal(torch.arange(1437)) and not a.equal(b)
     set_seed(0); other = get_dls('digits', bs=64, device=cpu).train; other.randomize()
-    assert other.draw_order('cpu').equal(a)
+    torch.manual_seed(1); assert other.draw_order('cpu').equal(a)        # by the loader's own generator alone
     monkeypatch.setattr(MemoryDL, 'get_idxs', lambda self: a)            # as on an accelerator
     it = iter(dl); ys = [next(it)[1]]                                    # PyTorch's loader reads a seed of the CPU's at the start
     with HostReads() as reads: ys += [y for _,y in it]
@@ -339,6 +347,10 @@ def test_order_is_fastais_on_the_cpu_and_inside_other_loaders(monkeypatch):
     assert isinstance(dl.get_idxs(), list)                               # asked by another loader
     monkeypatch.setattr(MemoryDL, 'draw_order', lambda self, device: ('drawn on',device.type))
     dl._alone = True; assert dl.get_idxs()==('drawn on','meta')
+    dl.dataset.held = 'host'; assert isinstance(dl.get_idxs(), list)     # images that stay in this computer's memory
+    valid = get_dls('digits', bs=64, device=cpu).valid
+    valid.device,valid._alone = torch.device('meta'),True
+    assert valid.get_idxs()==list(range(360))                           # test images keep their order
 
 def test_enlarged_test_images_are_cut_from_the_middle():
     x = torch.rand(2,3,32,32); t = D.ResizeBatch((224,224), middle=True)
@@ -476,10 +488,12 @@ def test_truncated_mat(tmp_path):
     err(r'test_32x32.mat \(500 bytes\) is cut short.*delete it and fetch it again', 'svhn', path=tmp_path, expect=(20,12))
     err(r'train_32x32.mat .*is cut short', 'svhn', path=tmp_path)      # the published set: by its checksum
     assert f.read_bytes()==before                                      # nothing of the user's is touched
+    err(r'imagelabels.mat .*is cut short', 'flowers102', path=flowers(tmp_path/'f'))
 
 def test_labels_outside(tmp_path):
     err("label 11, outside SVHN's 1..10", 'svhn', path=svhn(tmp_path/'s', labels=11), expect=(20,12))
     err(r'labels 0\.\.3, outside 1\.\.102', 'flowers102', path=flowers(tmp_path/'f', labels=(0,1,2,3)*2+(1,1)), expect=(5,5))
+    err(r'labels 1\.\.103, outside 1\.\.102', 'flowers102', path=flowers(tmp_path/'g', labels=(1,103)*5), expect=(5,5))
     err('label 345, outside 0..344', 'sketch', path=domain(tmp_path/'d', line='{name}/{c}/{i}.jpg 345'), expect=(8,4))
     err('not a list of `path label` lines', 'sketch', path=domain(tmp_path/'e', line='{name}/{c}/{i}.jpg'), expect=(8,4))
 
@@ -582,7 +596,7 @@ def test_erasing():
     assert abs(y[hit].mean())<0.02 and abs(y[hit].std()-1)<0.02
 
 def test_get_tfms():
-    assert get_tfms('none')==[] and get_tfms(flip=False)[0].flip==0 and get_tfms(size=64)[0].shift==8
+    assert get_tfms('none')==[] and get_tfms(flip=False)[0].flip==0 and get_tfms()[0].flip==.5 and [get_tfms(size=s)[0].shift for s in (64,(32,96))]==[8,12]
     with pytest.raises(ValueError, match="'hevy': choose from none, light"): get_tfms('hevy')
 
 def mixed(cb, n=64, c=10, seed=0):

@@ -22,7 +22,7 @@ def grey(tmp_path): return folder(tmp_path/'grey', ('bright','dark'), (220,30))
 def checkpoint(path, data, n=2, **head):
     "An untrained network with a header; what it scores does not matter"
     torch.manual_seed(0)
-    save_model(create_model('demo_cvt', n, img_size=16), path, recipe=dict(data=str(data), size=16), size=[16,16], **head)
+    save_model(create_model('demo_cvt', n, img_size=16), path, **{**dict(recipe=dict(data=str(data), size=16), size=[16,16]), **head})
     return path
 
 def record(path, accs, n=8, **kw):
@@ -79,6 +79,19 @@ def test_the_accuracy_of_the_weights_own_epoch(grey, tmp_path, capsys):
     assert check_record(f, device='cpu')['record']==.5 and 'its record says 50.00 %' in said(capsys, f)
     f = checkpoint(tmp_path/'w.safetensors', grey, epoch=0)
     assert check_record(f, device='cpu')['record']==.2
+
+def test_a_record_belongs_to_the_images_of_the_training(grey, tmp_path):
+    "Also if these are named; others have no record, as many as they are, and are judged on all that they have"
+    f,other = checkpoint(tmp_path/'w.safetensors', grey, recipe=dict(data=str(grey), size=16, heldout=2)),folder(tmp_path/'other', ('bright','dark'), (200,50))
+    record(f, [.2,.5], n=2)
+    assert check_record(f, data=str(grey), device='cpu')['record']==check_record(f, device='cpu')['record']==.5
+    assert check_record(f, data=str(other), device='cpu')['n']==8
+    assert check_record(f, data=str(other), heldout=2, device='cpu')['record'] is None
+
+@pytest.mark.parametrize('head,side', [(dict(size=[20,24], recipe=dict(size=28), args=dict(img_size=48)), (20,24)), (dict(recipe=dict(size=28), args=dict(img_size=48)), (28,28)), (dict(args=dict(img_size=48)), (48,48)), (dict(args={}), (32,32))])
+def test_images_have_the_size_that_the_header_says(grey, head, side):
+    "Its own, else the recipe's, else the network's, else what the network was designed for"
+    assert images_for(dict(model='demo_cvt')|head, data=str(grey), device='cpu').info.size==side
 
 def test_an_older_header_is_held_against_the_final_accuracy(grey, tmp_path):
     f = checkpoint(tmp_path/'w.safetensors', grey)

@@ -40,7 +40,7 @@ def test_verdict_at_the_edge():
 
 @pytest.mark.parametrize('each,said', [
     (['holds']*3, 'holds'), (['holds','does not'], 'in part'), (['holds','undecided'], 'in part'), (['does not','undecided'], 'undecided'),
-    (['does not']*2, 'does not'), (['holds','not tested yet'], 'holds'), (['no verdict','not tested yet'], 'no verdict'), ([], 'not tested yet')])
+    (['does not']*2, 'does not'), (['in part','does not'], 'in part'), (['holds','not tested yet'], 'holds'), (['no verdict','not tested yet'], 'no verdict'), ([], 'not tested yet')])
 def test_overall(each, said): assert overall(each) == said
 
 # --- plans
@@ -392,7 +392,19 @@ def test_epochs_to_the_mark():
     assert [(r['epochs without'], r['epochs with L_drloc'], r['saved'], r['reached with L_drloc']) for r in t] == [(3,2,1,True), (3,5,-2,False)]
     assert t[0]['minutes with L_drloc'] == pytest.approx(100/60/4*2/4)      # four runs share 100 s, and the mark is at half of them
     f, = faster_table(reach_table(runs_table([base, fast, rec(1, accs=[50,70,80,79.]), never]))).to_dict('records')
-    assert (f['never reached'], f['epochs saved'], f['verdict']) == (1, -.5, 'no verdict')
+    assert (f['never reached'], f['epochs saved'], f['verdict']) == (1, -.5, 'no verdict') and (f['from'],f['to']) == pytest.approx(mean_interval([1,-2])[1:])
+
+@pytest.mark.parametrize('saved,said', [([.9,.8,.7], 'holds'), ([.4,-.4,0.], 'does not'), ([.5,-.5,0.], 'undecided'), ([1.], 'no verdict')])
+def test_an_epoch_is_the_margin_of_faster(saved, said):
+    t = reach_table(runs_table(three(gain=saved))).assign(saved=saved)
+    assert faster_table(t).verdict.tolist() == [said]
+
+@pytest.mark.parametrize('missing', [0, 1])
+def test_a_run_without_a_measure_is_no_partner(missing):
+    "Older records have no seconds of training: neither of the two runs is compared in them, nor is a nan"
+    recs = three()
+    for e in recs[missing]['epochs']: del e['train_s']
+    assert cost_table(runs_table(recs)).seeds.tolist() == [2] and gains_table(runs_table(recs)).seeds.tolist() == [3]
 
 def test_cost_leaves_compiling_out():
     "The first epoch took 60 times as long; 4 % remain"
@@ -405,6 +417,7 @@ def test_position_beside_accuracy():
     t = position_table(recs).set_index(['measure','arm'])
     assert t.loc[('side task','with L_drloc')]['images'] == pytest.approx(.9) and t.loc[('side task','with L_drloc')]['seeds'] == 2
     assert t.loc[('probe','without')]['images'] == pytest.approx(1.1) and ('side task','without') not in t.index
+    assert (t.guessing==1.5).all() and (t['scrambled pixels']==2).all() and (t['constant image']==1).all()
 
 def test_plan_against_records():
     "Complete, cut short and missing runs, each by name"

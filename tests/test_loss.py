@@ -57,6 +57,13 @@ def test_without_generator_the_global_state_decides():
     torch.manual_seed(3); b = sample_pairs(3, 64, 7, 7)
     assert torch.equal(a, b) and not torch.equal(b, sample_pairs(3, 64, 7, 7))
 
+def test_a_draw_into_a_given_place():
+    "The same pairs as without, written where they are wanted; a place that does not fit is refused"
+    place = torch.empty(3, 8, 2, dtype=torch.int64)
+    assert sample_pairs(3, 8, 2, 5, generator=gen(4), out=place) is place and torch.equal(place, sample_pairs(3, 8, 2, 5, generator=gen(4)))
+    for bad in (torch.empty(3, 7, 2, dtype=torch.int64), torch.empty(3, 8, 2)):
+        with pytest.raises(ValueError, match=r'a draw needs \(3, 8, 2\) and torch.int64'): sample_pairs(3, 8, 2, 5, out=bad)
+
 def test_number_of_pairs():
     assert [len(all_pairs(k, k)) for k in (7,14)] == [2401, 38416]
     assert len(all_pairs(2, 3).unique(dim=0)) == 36
@@ -111,6 +118,11 @@ def test_loss_by_hand():
     p = torch.tensor([[[0,8],[4,8],[3,5]]])
     torch.testing.assert_close(l1_drloc(pred, targets(p, 3, 3)), torch.tensor([10/9]))
     torch.testing.assert_close(pair_errors(pred, p, 3, 3), torch.tensor([4/3,2.]))
+
+def test_errors_in_cells_on_a_rectangle():
+    "2 x 3, pair (0, 5), truth (1, 2) cells: half the height is one row, a third of the width one column"
+    assert pair_errors(torch.tensor([[[0.,0.]]]), torch.tensor([[[0,5]]]), 2, 3).tolist() == [1,2]
+    torch.testing.assert_close(pair_errors(torch.tensor([[[1.,1.]]]), torch.tensor([[[0,5]]]), 2, 3), torch.tensor([1.,1.]))
 
 def test_module_by_hand():
     "An MLP of zeros answers 0 everywhere, so the loss is the mean of t_u + t_v"
@@ -239,6 +251,8 @@ def test_seed_leaves_the_devices_alone(monkeypatch):
 def test_attributes_and_shapes():
     loss = DrlocLoss(8, m=5, hidden=16, reduction='sum')
     assert (loss.m, loss.reduction, loss.mlp.dim) == (5, 'sum', 8)
+    paper = DrlocLoss(8)
+    assert (paper.m, paper.reduction, paper.mlp[0].out_features) == (64, 'mean', 512)
     assert {n: tuple(q.shape) for n,q in loss.mlp.named_parameters()} == {
         '0.weight':(16,16), '0.bias':(16,), '2.weight':(2,16), '2.bias':(2,)}
     assert sum(q.numel() for q in LocalizationMLP(384).parameters()) == 2*384*512 + 512 + 2*512 + 2
@@ -293,10 +307,14 @@ def test_numpy_counts_are_whole_numbers():
     (lambda: check_grid(1, 1), '1 x 1 grid'),
     (lambda: best_guess(1, 1), '1 x 1 grid'),
     (lambda: DrlocLoss(8)(torch.randn(2, 8, 1, 1)), '1 x 1 grid'),
+    (lambda: DrlocLoss(8)(torch.randn(2, 8, 1, 1), pairs=torch.zeros(2, 4, 2, dtype=torch.long)), '1 x 1 grid'),
+    (lambda: sample_pairs(2, 4, 1, 1), '1 x 1 grid'),
     (lambda: DrlocLoss(8)(torch.randn(2, 49, 8)), r'shape \(2, 49, 8\).*\(B, D, h, w\)'),
     (lambda: DrlocLoss(8)(torch.randn(2, 16, 7, 7)), r'16 features.*built for 8.*DrlocLoss\(dim=16\)'),
     (lambda: gather_pairs(torch.randn(2, 8, 7, 7), all_pairs(7, 7)), r'shape \(2401, 2\).*\(2, m, 2\)'),
     (lambda: gather_pairs(torch.randn(2, 8, 7, 7), torch.zeros(1, 4, 2, dtype=torch.long)), 'batch of 2'),
+    (lambda: predict_offsets(DrlocLoss(8).mlp, torch.randn(2, 16, 7, 7), (0,0)), '16 features.*built for 8'),
+    (lambda: gather_pairs(torch.randn(2, 8, 7, 7), torch.zeros(2, 4, 2, 1, dtype=torch.long)), r'shape \(2, 4, 2, 1\)'),
     (lambda: gather_pairs(torch.randn(2, 8, 7, 7), torch.zeros(2, 4, 3, dtype=torch.long)), r'shape \(2, 4, 3\).*\(2, m, 2\)'),
     *[(lambda q=q: query_pairs(q, 7, 7), rf'query=\({q[0]}, {q[1]}\) lies outside the 7 x 7 grid') for q in ((7,0),(0,7),(-1,0),(0,-1))]])
 def test_bad_input(call, words):

@@ -192,6 +192,13 @@ def test_every_option_changes_what_it_should(variant, option):
     a, b = family(variant)(grid, pairs=pairs), family(variant, **{option:value})(grid, pairs=pairs)
     assert (a.item() != b.item()) == (variant in applies)
 
+@pytest.mark.parametrize('option', ['alpha','eps'])
+def test_reg_takes_its_constants(option):
+    "One pair of 2 x 2 that is (0, 0) apart, an MLP of zeros: mean 0, variance 2, so alpha log sqrt(2 + eps) an axis"
+    o = dict(alpha=1e-3, eps=1e-8) | {option: .5}
+    got = silent(1, 'reg', k=2, **{option: .5})(torch.randn(1, 1, 2, 2), pairs=TWO[:,1:])
+    assert got.item() == pytest.approx(2*o['alpha']*ln((2+o['eps'])**.5), rel=1e-5)
+
 def test_effective_weight():
     "Released L1 over paper L1 at the same error in cells: k/2"
     for k in (2,7,14):
@@ -435,6 +442,15 @@ def test_drloc_guess_is_chapter_6s(k):
     assert best_constant('drloc', k, k, 'released').loss == pytest.approx(b.loss*k/2)
     assert loss_of_guessing('all', [k,k], [k,k]) == pytest.approx(2*b.loss)
 
+def test_guess_for_several_grids_tells_the_cells_of_the_last():
+    all_,last = best_constant('all', [5,3], [6,4]),best_constant('drloc', 3, 4)
+    assert all_[:2] == last[:2] and all_[3:] == last[3:] and all_.loss == pytest.approx(last.loss + best_constant('drloc', 5, 6).loss)
+
+@pytest.mark.parametrize('variant,preset,want', [('drloc','paper',5/9), ('drloc','released',5/18), ('signed','paper',8/9), ('signed','released',2/9)])
+def test_guess_in_units_of_the_largest_offset(variant, preset, want):
+    "3 x 3: the median is off by 5/9 cells, with sign by 8/9; divided by k-1 = 2, by 4 if shifted offsets run from 0 to 4; two axes summed or averaged"
+    assert best_constant(variant, 3, 3, preset, scale='k-1').loss == pytest.approx(want)
+
 @pytest.mark.parametrize('variant,preset', both)
 @pytest.mark.parametrize('h,w,identical', [(5,5,True), (3,6,False)])
 def test_no_constant_beats_the_best(variant, preset, h, w, identical):
@@ -463,6 +479,7 @@ def test_marginal_entropy_by_hand():
 def test_reg_guess_by_hand():
     "2 x 2, signed, classes -2..2: mean 0, variance 1/2, the largest variance a softmax has is 4: 1/8 + alpha/2 log 4 an axis"
     assert best_constant('reg', 2, 2).loss == pytest.approx(2*(1/8 + .0005*ln(4)), rel=1e-6)
+    assert best_constant('reg', 2, 2).offset == (0,0) and best_constant('reg', 2, 2).error == (.5,.5)
     assert best_constant('reg', 2, 2, 'released').loss == pytest.approx(2*(1/2), abs=1e-6)       # -1..1: variance 1, log 1 = 0
 
 

@@ -291,6 +291,15 @@ def test_report_changes_nothing():
     assert torch.equal(a, torch.get_rng_state())
     assert 'forward_features' not in vars(model)
 
+def test_a_model_in_training_is_judged_as_in_evaluation():
+    "Its BatchNorm takes the running statistics, and leaves them as they are"
+    model,loss,x = tiny(),DrlocLoss(6, hidden=8, seed=0),images(4)
+    before = weights(model)
+    got = watch_report(model.train(), loss, x),cell_spread(model, x),view_from(model, loss, x[0])
+    assert same(before, weights(model)) and model.norm.training
+    want = watch_report(model.eval(), loss, x),cell_spread(model, x),view_from(model, loss, x[0])
+    assert got[:2] == want[:2] and torch.equal(got[2].pred, want[2].pred)
+
 # --- in a Learner
 
 def test_columns_names_order_and_values():
@@ -543,11 +552,15 @@ def test_views_and_figures():
     assert show.figure() is not show.figure(0)
     with pytest.raises(ValueError, match='no view of epoch 1 .* 0, 2, 3'): show.figure(1)
 
-def test_given_image_and_no_validation_images():
+@pytest.mark.parametrize('valid', [lambda: DataLoader([], bs=4), lambda: loaders().valid], ids=['none','some'])
+def test_a_given_image_whether_there_are_validation_images(valid):
     show = ShowDrloc(image=images(1)[0])
-    learn = learner([drloc(), show], dls=DataLoaders(loaders().train, DataLoader([], bs=4)))
+    learn = learner([drloc(), show], dls=DataLoaders(loaders().train, valid()))
     learn.fit(1)
     assert torch.equal(show.views[0].image, images(1)[0])
+
+def test_without_a_query_it_is_the_cell_a_third_down_and_across():
+    assert view_from(tiny(), DrlocLoss(6, hidden=8), images(1, 12, 24)[0]).query == (2,4)
 
 def test_arrows_meet_in_the_query():
     loss = DrlocFamily(6, 'signed', hidden=8, seed=0)
@@ -561,6 +574,8 @@ def test_arrows_meet_in_the_query():
 def test_heat_maps_of_a_variant_with_sign_are_absolute():
     v = view_from(tiny(), DrlocFamily(6, 'ce', k=4, hidden=8, seed=0), images(1)[0])
     assert not v.arrows and (v.pred >= 0).all() and (v.true >= 0).all()
+    v = view_from(tiny(), DrlocFamily(6, 'ce', k=4, hidden=8, seed=0), images(1)[0], arrows=True)      # arrows if they are asked for
+    assert v.arrows and v.true.min() < 0
 
 def test_a_notebooks_figure_is_updated_in_place(monkeypatch):
     import IPython.display
