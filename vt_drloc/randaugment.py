@@ -359,18 +359,27 @@ def paper_exact(
     return x
 
 # %% ../nbs/19_randaugment.ipynb #f44f1618
+def _bend(
+    x:Tensor,     # (B, 3, H, W)
+    inside:Tensor,# (B, 1, H, W) bool: the crop
+    dim:int       # 2: along y, 3: along x
+)->Tensor: # (B, 3, H, W)
+    "Second difference; a neighbour outside the crop counts as the pixel itself."
+    n = x.shape[dim]-1
+    steps = x.diff(dim=dim)*(inside.narrow(dim, 0, n)&inside.narrow(dim, 1, n))
+    return torch.nn.functional.pad(steps, (1,1) if dim==3 else (0,0,1,1)).diff(dim=dim)
+
 def soften(
     x:Tensor, # (B, 3, H, W)
     sx:Tensor,# (B,) source pixels to a pixel of the result, along x; at most 1
-    sy:Tensor # (B,) along y
+    sy:Tensor,# (B,) along y
+    inside:Tensor=None # (B, 1, H, W) bool: the crop; None: the whole image
 )->Tensor: # (B, 3, H, W)
     "What PIL's smoothing of the enlarged image does, on the source."
-    P = torch.nn.functional.pad(x, (1,1,1,1), mode='replicate')
+    if inside is None: inside = torch.ones_like(x[:,:1], dtype=torch.bool)
     u,v = (o[:,None,None,None]**2 for o in (sx,sy))
-    xx = P[...,:-2]+P[...,2:]-2*P[...,1:-1]         # second difference along x, (B, 3, H+2, W)
-    yy = P[:,:,:-2,1:-1]+P[:,:,2:,1:-1]-2*x
-    xxyy = xx[:,:,:-2]+xx[:,:,2:]-2*xx[:,:,1:-1]
-    return x+(3*u*xx[:,:,1:-1]+3*v*yy+u*v*xxyy)/13
+    xx,yy = (_bend(x, inside, dim) for dim in (3,2))
+    return x+(3*u*xx+3*v*yy+u*v*_bend(xx, inside, 2))/13
 
 # %% ../nbs/19_randaugment.ipynb #f89adf79
 def _statistics(x, level, box, inside, size):
@@ -396,7 +405,7 @@ def apply_colour(
     table = op_tables(op, arg, *stats, equalize_table(h))
     o,a = op[:,None,None,None],arg[:,None,None,None]
     def _colour(x): return (grey(x)+a*(x-grey(x))).clamp(0, 255)
-    soft = soften(x, (box[3]/size[1]).clamp(max=1), (box[2]/size[0]).clamp(max=1))
+    soft = soften(x, (box[3]/size[1]).clamp(max=1), (box[2]/size[0]).clamp(max=1), inside)
     y = torch.where((o<=BRIGHT)&(o!=ROTATE)&(o!=COLOR), look_up(table, level), x)
     y = torch.where(o==COLOR, _colour(x), torch.where(o==SHARP, (soft+a*(x-soft)).clamp(0, 255), y))
     return y,torch.where(o==COLOR, _colour(fill), torch.where(_geometric(o), _fill(x), look_up(table, fill)))
