@@ -95,6 +95,7 @@ def forward_features(self:ResNet,
     x:torch.Tensor, # (B, C, H, W) images
 )->torch.Tensor: # (B, D, h, w), the last stage's grid
     "Images to the final grid"
+    if x.is_cuda: x = x.contiguous(memory_format=torch.channels_last)
     x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
     return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
