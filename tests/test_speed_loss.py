@@ -357,7 +357,7 @@ import triton
 from triton.compiler import ASTSource
 from triton.backends.compiler import GPUTarget
 import vt_drloc.speed_loss as s
-numbers = dict(cells='*fp32', tokens='*fp32', n='i32', image='i32', cell='i32', one='i32', D='i32', T='i32', prefix='i32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dtokens='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','rows','cols')})
+numbers = dict(cells='*fp32', tokens='*fp32', n='i32', image='i32', cell='i32', one='i32', D='i32', T='i32', prefix='i32', b1='*fp32', w2='*fp32', b2='*fp32', pairs='*i64', error='*fp32', sign='*fp32', dtokens='*fp32', derror='*fp32', parts='*fp32', **{k:'i32' for k in ('M','N','R','rows','cols')})
 def build(kernel, low, cap, **fixed):
     names = kernel.arg_names
     half,ahead = ('*bf16','*fp16') if low else ('*fp32','*fp32')
@@ -367,14 +367,17 @@ def build(kernel, low, cap, **fixed):
     assert f'.entry {kernel.__name__}' in made.asm['ptx'] and made.metadata.shared<=(64 if cap==75 else 227)*1024
 for low in (True,False):                                         # for an H200
     for one in ({},dict(prefix=1)):                              # a number that is 1 is known to the compiler
-        for cells in (True,False):
-            build(s._pairs_forward, low, 90, H=512, BH=128, BM=16, CELLS=cells, **one)
-            build(s._pairs_backward, low, 90, H=512, BH=64, BM=32, NB=64 if cells else 16, CELLS=cells, LOW=low, **one)
+        build(s._cells_forward, low, 90, H=512, BH=128, BM=16, **one)
+        build(s._cells_backward, low, 90, H=512, BH=64, BM=32, NB=64, LOW=low, **one)
         build(s._pairs_to_cells, low, 90, D=384, BD=128, BM=32, NB=64, LOW=low, **one)
     build(s._pairs_look_up, low, 90, BD=512, BM=16, LOW=low)
+    build(s._pairs_forward, low, 90, H=512, BH=128, BM=32)
+    build(s._pairs_backward, low, 90, H=512, BH=64, BM=32, STEPS=8)
 for prefix in (0,1): build(s._cells_round, True, 90, prefix=prefix, BLOCK=2048)
-build(s._pairs_forward, False, 75, H=512, BH=128, BM=16, CELLS=True)                                     # for a T4, as Colab lends it: fp16 rounds nothing here
-build(s._pairs_backward, False, 75, H=512, BH=64, BM=32, NB=64, CELLS=True, LOW=False)
+build(s._pairs_forward, False, 75, H=512, BH=128, BM=32)                                                 # for a T4, as Colab lends it: fp16 rounds nothing here
+build(s._pairs_backward, False, 75, H=512, BH=64, BM=32, STEPS=8)
+build(s._cells_forward, False, 75, H=512, BH=128, BM=16)
+build(s._cells_backward, False, 75, H=512, BH=64, BM=32, NB=64, LOW=False)
 build(s._pairs_to_cells, False, 75, D=384, BD=128, BM=32, NB=64, LOW=False)
 print('done')'''
 

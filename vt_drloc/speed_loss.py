@@ -41,36 +41,85 @@ def _cells_of(pairs, b, pair, M, N):
 
 # %% ../nbs/21_speed_loss.ipynb #a5d124d0
 @jit
-def _hidden(pre, b1, b, i, j, pair, ok, c, M, N, prefix, H: tl.constexpr, CELLS: tl.constexpr):
-    "(pairs, chunk) hidden units before the ReLU"
-    if CELLS:
-        row = pre + (b*(prefix + N) + prefix)*2*H + c[None,:]
-        h = tl.load(row + i[:,None]*2*H).to(tl.float32) + tl.load(row + j[:,None]*2*H + H).to(tl.float32)
-    else: h = tl.load(pre + (b*M + pair[:,None])*H + c[None,:], mask=ok[:,None], other=0.)
-    return h.to(tl.float32) + tl.load(b1 + c)[None,:]
-
-# %% ../nbs/21_speed_loss.ipynb #65470654
-@jit
 def _sign(x): return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
 
 @jit
-def _pairs_forward(pre, b1, w2, b2, pairs, error, sign, M, N, prefix, rows, cols,
-                   H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, CELLS: tl.constexpr):
-    "|d_u - t_u| + |d_v - t_v| of some pairs of an image, and both signs"
+def _judge(u, v, i, j, ok, inside, at, error, sign, rows, cols):
+    "Write |d_u - t_u| + |d_v - t_v| of some pairs, and both signs"
+    u -= tl.div_rn(tl.abs(i//cols - j//cols).to(tl.float32), tl.zeros_like(u) + rows)
+    v -= tl.div_rn(tl.abs(i%cols - j%cols).to(tl.float32), tl.zeros_like(v) + cols)
+    tl.store(error + at, tl.where(inside, tl.abs(u) + tl.abs(v), float('nan')), mask=ok)
+    tl.store(sign + 2*at, _sign(u), mask=ok)
+    tl.store(sign + 2*at + 1, _sign(v), mask=ok)
+
+# %% ../nbs/21_speed_loss.ipynb #65470654
+@jit
+def _pairs_forward(pre, b1, w2, b2, pairs, error, sign, R, N, rows, cols,
+                   H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr):
+    "Judge BM of R pairs, a row of `pre` each"
+    r = tl.program_id(0).to(tl.int64)*BM + tl.arange(0, BM)
+    i,j,ok,inside = _cells_of(pairs, 0, r, R, N)
+    u,v = tl.zeros((BM, BH), tl.float32),tl.zeros((BM, BH), tl.float32)
+    for start in tl.static_range(0, H, BH):
+        c = start + tl.arange(0, BH)
+        h = tl.load(pre + r[:,None]*H + c[None,:], mask=ok[:,None], other=0.).to(tl.float32)
+        h = tl.maximum(h + tl.load(b1 + c)[None,:], 0.)
+        u += h*tl.load(w2 + c)[None,:]
+        v += h*tl.load(w2 + H + c)[None,:]
+    _judge(tl.sum(u, 1) + tl.load(b2), tl.sum(v, 1) + tl.load(b2 + 1), i, j, ok, inside, r, error, sign, rows, cols)
+
+# %% ../nbs/21_speed_loss.ipynb #5d120004
+@jit
+def _hidden(pre, b1, b, i, j, c, N, prefix, H: tl.constexpr):
+    "(pairs, chunk) hidden units before the ReLU"
+    row = pre + (b*(prefix + N) + prefix)*2*H + c[None,:]
+    h = tl.load(row + i[:,None]*2*H).to(tl.float32) + tl.load(row + j[:,None]*2*H + H).to(tl.float32)
+    return h + tl.load(b1 + c)[None,:]
+
+@jit
+def _cells_forward(pre, b1, w2, b2, pairs, error, sign, M, N, prefix, rows, cols,
+                   H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr):
+    "Judge BM pairs of an image, two rows of `pre` each"
     b,pair,zero = tl.program_id(0).to(tl.int64),tl.program_id(1)*BM + tl.arange(0, BM),tl.zeros((BM,), tl.float32)
     i,j,ok,inside = _cells_of(pairs, b, pair, M, N)
     u,v = zero + tl.load(b2),zero + tl.load(b2 + 1)
     for start in range(0, H, BH):
         c = start + tl.arange(0, BH)
-        h = tl.maximum(_hidden(pre, b1, b, i, j, pair, ok, c, M, N, prefix, H, CELLS), 0.)
+        h = tl.maximum(_hidden(pre, b1, b, i, j, c, N, prefix, H), 0.)
         u += tl.sum(h*tl.load(w2 + c)[None,:], 1)
         v += tl.sum(h*tl.load(w2 + H + c)[None,:], 1)
-    u -= tl.div_rn(tl.abs(i//cols - j//cols).to(tl.float32), zero + rows)
-    v -= tl.div_rn(tl.abs(i%cols - j%cols).to(tl.float32), zero + cols)
-    at = b*M + pair
-    tl.store(error + at, tl.where(inside, tl.abs(u) + tl.abs(v), float('nan')), mask=ok)
-    tl.store(sign + 2*at, _sign(u), mask=ok)
-    tl.store(sign + 2*at + 1, _sign(v), mask=ok)
+    _judge(u, v, i, j, ok, inside, b*M + pair, error, sign, rows, cols)
+
+# %% ../nbs/21_speed_loss.ipynb #5d120006
+@jit
+def _share(part, c, db1, dwu, dwv, su, sv, H: tl.constexpr):
+    "Write a program's part of the sums: of b1, of both rows of W2, and, by the first of them, of b2"
+    tl.store(part + c, db1)
+    tl.store(part + H + c, dwu)
+    tl.store(part + 2*H + c, dwv)
+    if tl.program_id(1) == 0:
+        tl.store(part + 3*H, tl.sum(su, 0))
+        tl.store(part + 3*H + 1, tl.sum(sv, 0))
+
+# %% ../nbs/21_speed_loss.ipynb #5d120005
+@jit
+def _pairs_backward(pre, b1, w2, sign, derror, dpre, parts, R, H: tl.constexpr, BH: tl.constexpr,
+                    BM: tl.constexpr, STEPS: tl.constexpr):
+    "Gradients of BH hidden units of some rows, and their share of those of biases and second layer"
+    k,c = tl.program_id(0).to(tl.int64),tl.program_id(1)*BH + tl.arange(0, BH)
+    wu,wv,bias = tl.load(w2 + c)[None,:],tl.load(w2 + H + c)[None,:],tl.load(b1 + c)[None,:]
+    tile,some = tl.zeros((BM, BH), tl.float32),tl.zeros((BM,), tl.float32)
+    db1,dwu,dwv,su,sv = tile,tile,tile,some,some
+    for step in range(0, STEPS):
+        r = (k*STEPS + step)*BM + tl.arange(0, BM)
+        ok = r < R
+        g,at = tl.load(derror + r, mask=ok, other=0.),r[:,None]*H + c[None,:]
+        gu,gv = g*tl.load(sign + 2*r, mask=ok, other=0.),g*tl.load(sign + 2*r + 1, mask=ok, other=0.)
+        h = tl.maximum(tl.load(pre + at, mask=ok[:,None], other=0.).to(tl.float32) + bias, 0.)
+        dh = tl.where(h > 0, gu[:,None]*wu + gv[:,None]*wv, 0.)
+        tl.store(dpre + at, dh.to(dpre.dtype.element_ty), mask=ok[:,None])
+        db1,dwu,dwv,su,sv = db1 + dh,dwu + gu[:,None]*h,dwv + gv[:,None]*h,su + gu,sv + gv
+    _share(parts + k*(3*H + 2), c, tl.sum(db1, 0), tl.sum(dwu, 0), tl.sum(dwv, 0), su, sv, H)
 
 # %% ../nbs/21_speed_loss.ipynb #3bca4a68
 @jit
@@ -94,9 +143,9 @@ def _write(dpre, first, second, b, n, start, N, prefix, H: tl.constexpr, BH: tl.
 
 # %% ../nbs/21_speed_loss.ipynb #6c8c739c
 @jit
-def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix, H: tl.constexpr, BH: tl.constexpr,
-                    BM: tl.constexpr, NB: tl.constexpr, CELLS: tl.constexpr, LOW: tl.constexpr):
-    "Gradients of BH hidden units of an image, and its share of those of biases and second layer"
+def _cells_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix, H: tl.constexpr, BH: tl.constexpr,
+                    BM: tl.constexpr, NB: tl.constexpr, LOW: tl.constexpr):
+    "Gradients of BH hidden units of an image's cells, and its share of those of biases and second layer"
     b,c,n = tl.program_id(0).to(tl.int64),tl.program_id(1)*BH + tl.arange(0, BH),tl.arange(0, NB)
     wu,wv = tl.load(w2 + c),tl.load(w2 + H + c)
     units,some,both = tl.zeros((BH,), tl.float32),tl.zeros((BM,), tl.float32),tl.zeros((NB,BH), tl.float32)
@@ -104,22 +153,16 @@ def _pairs_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix,
     for start in range(0, M, BM):
         pair = start + tl.arange(0, BM)
         i,j,ok,_ = _cells_of(pairs, b, pair, M, N)
-        h = tl.maximum(_hidden(pre, b1, b, i, j, pair, ok, c, M, N, prefix, H, CELLS), 0.)
-        at = b*M + pair
+        h,at = tl.maximum(_hidden(pre, b1, b, i, j, c, N, prefix, H), 0.),b*M + pair
         g = tl.load(derror + at, mask=ok, other=0.)
         gu,gv = g*tl.load(sign + 2*at, mask=ok, other=0.),g*tl.load(sign + 2*at + 1, mask=ok, other=0.)
         dh = tl.where(h > 0, gu[:,None]*wu[None,:] + gv[:,None]*wv[None,:], 0.)
         db1,su,sv = db1 + tl.sum(dh, 0),su + gu,sv + gv
         dwu,dwv = dwu + tl.sum(gu[:,None]*h, 0),dwv + tl.sum(gv[:,None]*h, 0)
-        if CELLS:
-            first += _spread(_ones(i, ok, NB, LOW), dh, LOW)
-            second += _spread(_ones(j, ok, NB, LOW), dh, LOW)
-        else: tl.store(dpre + at[:,None]*H + c[None,:], dh.to(dpre.dtype.element_ty), mask=ok[:,None])
-    if CELLS: _write(dpre, first, second, b, n, tl.program_id(1)*BH, N, prefix, H, BH)
-    part = parts + b*(3*H + 2)
-    tl.store(part + c, db1); tl.store(part + H + c, dwu); tl.store(part + 2*H + c, dwv)
-    if tl.program_id(1) == 0:
-        tl.store(part + 3*H, tl.sum(su, 0)); tl.store(part + 3*H + 1, tl.sum(sv, 0))
+        first += _spread(_ones(i, ok, NB, LOW), dh, LOW)
+        second += _spread(_ones(j, ok, NB, LOW), dh, LOW)
+    _write(dpre, first, second, b, n, tl.program_id(1)*BH, N, prefix, H, BH)
+    _share(parts + b*(3*H + 2), c, db1, dwu, dwv, su, sv, H)
 
 # %% ../nbs/21_speed_loss.ipynb #a055008b
 @jit
@@ -191,9 +234,12 @@ def _halves(w1):
     "The first layer's weights for the first cell of a pair, and below them those for the second"
     return w1.view(len(w1), 2, -1).transpose(0, 1).reshape(2*len(w1), -1)
 
-def _sizes(first, hidden, most):
-    block = min(most, hidden & -hidden)                     # the largest power of 2 in `hidden`, at most `most`
-    return dict(H=hidden, BH=block, CELLS=first)
+def _sizes(hidden, most):
+    "How many of the hidden units at a time: the largest power of 2 in their number, at most `most`"
+    return dict(H=hidden, BH=min(most, hidden & -hidden))
+
+_steps = dict(BM=32, STEPS=8)                               # rows of a program on the way back
+def _shares(first, B, m): return B if first else _pieces(B*m, _steps['BM']*_steps['STEPS'])
 
 # %% ../nbs/21_speed_loss.ipynb #9a27c0e6
 @jit
@@ -226,8 +272,9 @@ def _ahead(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Te
         elif low: (x,kept),w = _round_all(tokens, prefix),_halves(w1)
         else: x,kept,w = tokens.reshape(-1, tokens.shape[2]).float(),w1.new_empty(0, tokens.shape[2]),_halves(w1)
         pre = _times(x, w)
-    error,sign,sizes = w1.new_empty(B, m),w1.new_empty(B, m, 2),_sizes(first, len(b1), 128)
-    _pairs_forward[B,_pieces(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, N, prefix, rows, cols, BM=16, num_warps=8, **sizes)
+    error,sign,sizes = w1.new_empty(B, m),w1.new_empty(B, m, 2),dict(_sizes(len(b1), 128), num_warps=8)
+    if first: _cells_forward[B,_pieces(m, 16)](pre, b1, w2, b2, pairs, error, sign, m, N, prefix, rows, cols, BM=16, **sizes)
+    else: _pairs_forward[_pieces(B*m, 32),](pre, b1, w2, b2, pairs, error, sign, B*m, N, rows, cols, BM=32, **sizes)
     return error,sign,pre,kept
 
 _losses = torch.library.custom_op('vt_drloc::pair_losses', _ahead, mutates_args=())
@@ -243,13 +290,14 @@ def _cells_alone(tokens, prefix):
 def _back(tokens:torch.Tensor, pairs:torch.Tensor, w1:torch.Tensor, b1:torch.Tensor, w2:torch.Tensor, pre:torch.Tensor, sign:torch.Tensor,
           x:torch.Tensor, derror:torch.Tensor, prefix:int, low:bool, first:bool)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]:
     (B,T,D),m,N,half = tokens.shape,pairs.shape[1],tokens.shape[1]-prefix,torch.bfloat16 if low else torch.float32
-    s = _sizes(first, len(b1), 64)
-    w = w1.reshape(-1, D) if first else w1
+    w,s,n = w1.reshape(-1, D) if first else w1,_sizes(len(b1), 64),_shares(first, B, m)
     if first and not low: x = _cells_alone(tokens, prefix)
-    dpre,parts = torch.empty_like(pre, dtype=half),w1.new_empty(B, 3*len(b1)+2)
-    least = lambda n: max(16, _power_of_2(n))
-    _pairs_backward[B,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror.contiguous(), dpre, parts, m, N, prefix, NB=least(N) if first else 16,
-                                       BM=min(64, least(m)), LOW=low and x.is_cuda, num_stages=1, **s)
+    dpre,parts,derror = torch.empty_like(pre, dtype=half),w1.new_empty(n, 3*len(b1)+2),derror.contiguous()
+    if first:
+        least = lambda n: max(16, _power_of_2(n))
+        _cells_backward[n,s['H']//s['BH']](pre, b1, w2, pairs, sign, derror, dpre, parts, m, N, prefix, NB=least(N), BM=min(64, least(m)),
+                                           LOW=low and x.is_cuda, num_stages=1, **s)
+    else: _pairs_backward[n,s['H']//s['BH']](pre, b1, w2, sign, derror, dpre, parts, B*m, **_steps, **s)
     with torch.autocast(tokens.device.type, enabled=False): dx,dw = _times_back(dpre, x, w, tokens.dtype if first else half)
     if not first: dx = _at_cells(dx.view(-1, D), pairs, T, prefix, tokens.dtype)
     return dx.view(B, T, D),dw.view(-1, 2*D),parts
@@ -266,7 +314,7 @@ def _(tokens, pairs, w1, b1, w2, b2, prefix, rows, cols, low, first):
 
 @_losses_backward.register_fake
 def _(tokens, pairs, w1, b1, w2, pre, sign, x, derror, prefix, low, first):
-    return tokens.new_empty(tokens.shape),w1.new_empty(w1.shape),w1.new_empty(len(pairs), 3*len(b1)+2)
+    return tokens.new_empty(tokens.shape),w1.new_empty(w1.shape),w1.new_empty(_shares(first, *pairs.shape[:2]), 3*len(b1)+2)
 
 def _keep(ctx, inputs, output):
     tokens,pairs,w1,b1,w2,_,ctx.prefix,*_,ctx.low,ctx.first = inputs
