@@ -657,19 +657,21 @@ def _seconds_each(run, n, device):
     return (time.perf_counter()-t)/n
 
 # %% ../nbs/22_bench.ipynb #5b0e005b
-def order_rows(device, rounds, minutes, say, widths=(64,128,192,256,384,512,768,2048), batch=512, side=8, seconds=.05, **_):
-    "Seconds of the side task's loss and gradients in both orders, in turns, for each number of features"
+_widths = {8: (64,128,192,256,384,512,768,1024,2048), 7: (128,384,768)}     # features, by the side of the grid
+
+def order_rows(device, rounds, minutes, say, widths=_widths, batch=512, seconds=.05, **_):
+    "Seconds of the side task's loss and gradients in both orders, in turns, for each grid and number of features"
     from vt_drloc.step_graph import CudaGraph, Replayed, Tape
     kind,rows,until = CudaGraph if torch.device(device).type=='cuda' else Tape,[],time.perf_counter()+60*minutes
-    for D in widths:
+    for side,D in ((s,D) for s,many in widths.items() for D in many):
         runs = {a: partial(Replayed(kind=kind), _loss_alone(D, first, device, batch, side)) for a,first in _orders.items()}
         for run in runs.values(): _seconds_each(run, 5, device)
         n = max(1, round(seconds/min(_seconds_each(run, 2, device) for run in runs.values())))
         found = {a:[] for a in runs}
         for r in range(rounds):
             for a in list(runs)[::-1 if r%2 else 1]: found[a].append(_seconds_each(runs[a], n, device))
-        rows += [dict(name=f'{D} features', arm=a, features=D, cells=side*side, batch=batch, steps=n, block_s=b) for a,b in found.items()]
-        if time.perf_counter()>until: say(f'time is up after {D} features'); break
+        rows += [dict(name=f'{side} x {side}, {D} features', arm=a, features=D, cells=side*side, batch=batch, steps=n, block_s=b) for a,b in found.items()]
+        if time.perf_counter()>until: say(f'time is up after {side} x {side}, {D} features'); break
     return rows
 
 SECTIONS['orders'] = order_rows
