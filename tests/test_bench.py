@@ -552,7 +552,8 @@ def test_a_step_as_one_graph_is_the_same_step(how):
     assert torch.equal(*(r.generator.get_state() for r in both))
 
 def test_cases_as_one_graph():
-    "No graphs of torch.compile's beside; the small networks, and the Learner of the short plan"
+    "No graphs of torch.compile's beside; the small networks as built, two with fused attention under names of their own, and the Learner of the short plan"
     cases = SECTIONS['side_small_graph']
-    assert [c.model for c in cases]==['t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini'] and all(c.one_graph and c.mode=='' for c in cases)
+    assert [c.model for c in cases]==['t2t_mini','swin_mini','cvt_13_gap_mini','cvt_mini','resnet_mini','swin_mini','hybrid_s'] and all(c.one_graph and c.mode=='' for c in cases)
+    assert [c.attention for c in cases]==[False]*5+[True]*2 and len({c.name.split(',')[0] for c in cases})==7
     assert [c.name for c in SECTIONS['whole_small'] if c.recipe.get('step_graph')]==['Learner, one graph, batch 512','Learner, one graph, batch 256']

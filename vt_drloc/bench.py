@@ -595,7 +595,9 @@ SECTIONS |= {s: [_with_side(s, m, 512)] for s,m in _at512.items()}
 SECTIONS['parts'] = [_with_side('parts', m, 128, arms=PARTS) for m in _vts]
 _small = partial(_with_side, 'side_small')
 SECTIONS['side_small'] = [[_small('resnet50', 512)], [_small('resnet50', 128), *[_small(m, 512, 32) for m in _minis]]]
-SECTIONS['side_small_graph'] = [_with_side('side_small_graph', m, 512, 32, mode='', lead=.3, one_graph=True) for m in _minis]
+_as_one = partial(_with_side, 'side_small_graph', batch=512, size=32, mode='', lead=.3, one_graph=True)
+SECTIONS['side_small_graph'] = [*[_as_one(m) for m in _minis],
+    replace(_as_one('swin_mini', attention=True), name='swin_mini with fused attention, batch 512'), _as_one('hybrid_s', attention=True)]
 
 # %% ../nbs/22_bench.ipynb #b7e10a06
 _eager = partial(_with_side, arms=('eager','eager side'), attention=False, skip=False, patches=False)
