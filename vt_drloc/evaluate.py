@@ -156,6 +156,16 @@ def _vocab(head, data, path):
         raise DataError("the checkpoint holds no class names: name the data set, as in --data cifar10")
     return open_data(data, path)[0].vocab
 
+# %% ../nbs/17_evaluate.ipynb #b458df01
+def _verdict(res):
+    "The score of `check_record` as text, and how far it is from the record's"
+    acc,rec = 100*res['accuracy'],res['record']
+    score = f"{res['data']}: {acc:.2f} % of {res['n']:,} images right, cross-entropy {res['loss']:.4f}"
+    beside = ('nothing to compare with: no record states the accuracy of these weights on these images'
+              if rec is None else
+              f"its record says {100*rec:.2f} %, a difference of {round(acc-100*rec, 2)+0.:+.2f}")
+    return f'{score}\n{beside}'
+
 # %% ../nbs/17_evaluate.ipynb #b458dfbe
 @call_parse
 def eval_main(
@@ -179,8 +189,4 @@ def eval_main(
             return
         res = check_record(file, data, path=path, heldout=heldout, bs=bs, device=device)
     except (ValueError, RuntimeError, OSError) as e: sys.exit(f'vt_drloc_eval: {e}')
-    acc,rec = 100*res['accuracy'],res['record']
-    print(f"{res['data']}: {acc:.2f} % of {res['n']:,} images right, cross-entropy {res['loss']:.4f}")
-    print('nothing to compare with: no record states the accuracy of these weights on these images'
-          if rec is None else
-          f"its record says {100*rec:.2f} %, a difference of {round(acc-100*rec, 2)+0.:+.2f}")
+    print(_verdict(res))

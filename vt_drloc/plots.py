@@ -103,7 +103,7 @@ def show_patches(
     return show_image(tiles.reshape(H//p*(p+gap), W//p*(p+gap), C)[:-gap,:-gap], ax)
 
 # %% ../nbs/15_plots.ipynb #972fcf88
-def _cell(ax, rc, ch, cw, color): 
+def _cell(ax, rc, ch, cw, color):
     r,c = rc
     ax.add_patch(Rectangle((c*cw-.5, r*ch-.5), cw, ch, fill=False, ec=color, lw=3.5, path_effects=_outline(6.5), zorder=4, clip_on=False))
 

@@ -251,6 +251,7 @@ def _view(adapter, loss_fn, x, query=None, arrows=None): # x: (1, C, H, W)
     if not arrows: pred,true = pred.abs(),true.abs()
     return View(pred[0].cpu(), true[0].cpu(), tuple(query), h, w, x[0].float().cpu(), arrows)
 
+# %% ../nbs/16_watch.ipynb #e05da2f1
 def view_from(
     model:nn.Module, # any that `as_backbone` knows
     loss_fn:nn.Module, # its trained `DrlocLoss` or `DrlocFamily`
