@@ -107,6 +107,7 @@ def costs(
     return dict(name=name, size=size, params=params, macs=sum(m.values()), acts=sum(a.values()),
         **{f'macs_{k}':v for k,v in m.items()}, **{f'acts_{k}':v for k,v in a.items()}, grid=grid)
 
+# %% ../nbs/18_compare.ipynb #58db83e1
 def final_grid(
     model:nn.Module, # Of this course or of another library
     size:int|tuple, # Image side in pixels, or (height, width)

@@ -457,6 +457,14 @@ def paper_fast(
     return _some(_straight(x, fill, d, size), turned, 1-max(1-3*p/NONE, 0)**len(d.op),
                  lambda x,fill,*d: _turned(x, fill, size, *d), x, fill, d.box.T, d.flip, d.op.T, d.arg.T)
 
+# %% ../nbs/19_randaugment.ipynb #7edce881
+def _check_augment(mode, area):
+    "Refuse a form that there is not, and an area that no crop can take"
+    if mode not in ('fast','exact'): raise ValueError(f"mode={mode!r}: choose 'fast' or 'exact'")
+    if not 0<area[0]<=area[1]<=1:
+        raise ValueError(f"area={area!r}: give the least and the most of the area that a crop takes, "
+                         "0 < least <= most <= 1")
+
 # %% ../nbs/19_randaugment.ipynb #7edce887
 class PaperAugment(DisplayedTransform):
     "The paper's augmentation of a batch: crop, flip, RandAugment, normalisation, random erasing."
@@ -472,10 +480,7 @@ class PaperAugment(DisplayedTransform):
         compile:bool=None,    # compile; None: on a GPU
         dtype=torch.float32   # of the result
     ):
-        if mode not in ('fast','exact'): raise ValueError(f"mode={mode!r}: choose 'fast' or 'exact'")
-        if not 0<area[0]<=area[1]<=1:
-            raise ValueError(f"area={area!r}: give the least and the most of the area that a crop takes, "
-                             "0 < least <= most <= 1")
+        _check_augment(mode, area)
         store_attr()
         self.size = (size,size) if isinstance(size, int) else tuple(size)
         self._compiled = None
