@@ -64,9 +64,10 @@ def rank0_before_others():
     yield
     if not _rank(): agreed()
 
-# %% ../nbs/20_gpus.ipynb #30a1cefe
-def _alone(x, cpu=True, gather=True): return to_detach(x, cpu, False)      # fastai would gather each batch of all processes
+# %% ../nbs/20_gpus.ipynb #30a1ce01
+def _alone(x, cpu=True, gather=True): return to_detach(x, cpu, False)
 
+# %% ../nbs/20_gpus.ipynb #30a1cefe
 def share(
     dl, # a fastai `DataLoader`; changed in place
     rank:int=None, # of this process
@@ -117,19 +118,31 @@ class SeveralProcesses(Callback):
             if not (isinstance(m, (AvgMetric,ValueMetric)) or hasattr(m, 'total')):
                 raise ValueError(f"metric {m.name!r} cannot be added up over processes: use functions of a batch, such as accuracy")
 
-    def before_train(self): self.learn.model = self.wrapped
-    def before_validate(self):
-        self.learn.model = self.inner
-        if not self._shared(): self.dl.to_detach = _alone
-        for b in self.inner.buffers() if self._shared() else (): torch.distributed.broadcast(b, 0)
-    def after_train(self): _add_up([self.recorder.smooth_loss])
-    def after_validate(self):
-        if self._shared(): _add_up(self.recorder._valid_mets)
-    def _shared(self): return world()>1 and any(self.dl is o for o in self.dls.loaders)     # `get_preds` and `predict` make a loader of their own, of all images
+# %% ../nbs/20_gpus.ipynb #20ac0201
+@patch
+def before_train(self:SeveralProcesses): self.learn.model = self.wrapped
 
+@patch
+def before_validate(self:SeveralProcesses):
+    self.learn.model = self.inner
+    if not self._shared(): self.dl.to_detach = _alone
+    for b in self.inner.buffers() if self._shared() else (): torch.distributed.broadcast(b, 0)
+
+@patch
+def _shared(self:SeveralProcesses):
+    "Does each process have a part of these images? `get_preds` and `predict` make a loader of their own, of all images"
+    return world()>1 and any(self.dl is o for o in self.dls.loaders)
+
+# %% ../nbs/20_gpus.ipynb #20ac0203
 def _add_up(metrics):
     "Sum totals and counts over all processes"
     ms = [m for m in metrics if hasattr(m, 'total')]
     t = torch.tensor([(float(m.total), m.count) for m in ms], dtype=torch.float64)
     torch.distributed.all_reduce(t)
     for m,(total,count) in zip(ms, t.tolist()): m.total,m.count = total,int(count)
+
+@patch
+def after_train(self:SeveralProcesses): _add_up([self.recorder.smooth_loss])
+@patch
+def after_validate(self:SeveralProcesses):
+    if self._shared(): _add_up(self.recorder._valid_mets)
