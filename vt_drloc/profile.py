@@ -64,6 +64,7 @@ def _pieces(ops):
     while stack: now = until(stack[-1][1]); stack.pop()
     return res
 
+# %% ../nbs/22_profile.ipynb #37f33702
 def read_trace(
     file, # Path of a Chrome trace that `torch.profiler` wrote
 )->list: # (name, start, duration), in seconds
@@ -88,6 +89,7 @@ def covered(
         end = max(end, start+d)
     return total
 
+# %% ../nbs/22_profile.ipynb #b7cd7101
 def add_up(
     events:list, # (name, start, duration) in seconds
     steps:int=1, # That they belong to
@@ -119,6 +121,7 @@ def trace_steps(
         p.export_chrome_trace(f'{tmp}/trace.json')
         return read_trace(f'{tmp}/trace.json')
 
+# %% ../nbs/22_profile.ipynb #f80ef1e1
 def profile_step(
     run:Steps, # A case that is warm
     arm:str, # One of its arms
@@ -184,8 +187,6 @@ def count_work(
     return counter.get_total_flops()
 
 # %% ../nbs/22_profile.ipynb #f8c964e8
-PUBLISHED = {'NVIDIA H200': dict(flop_per_s=989e12, bytes_per_s=4.8e12), 'NVIDIA H100 80GB HBM3': dict(flop_per_s=989e12, bytes_per_s=3.35e12)}
-
 def _seconds(f, device, calls, blocks=10):
     "Seconds of a call, in the best of some blocks"
     wait = torch.cuda.synchronize if device.type=='cuda' else lambda: None
@@ -198,6 +199,7 @@ def _seconds(f, device, calls, blocks=10):
     block()
     return min(block() for _ in range(blocks))
 
+# %% ../nbs/22_profile.ipynb #f8c964f1
 def chip_limits(
     device:str='cuda', # Where
     n:int=0, # Side of the matrices; 0: 8192 on a GPU, 1024 elsewhere
@@ -212,6 +214,9 @@ def chip_limits(
     there = torch.empty_like(here)
     return dict(flop_per_s=2*n**3/_seconds(lambda: a@b, device, calls), bytes_per_s=2*size/_seconds(lambda: there.copy_(here), device, calls),
                 n=n, bytes=size, dtype=str(dtype).removeprefix('torch.'))
+
+# %% ../nbs/22_profile.ipynb #f8c964f3
+PUBLISHED = {'NVIDIA H200': dict(flop_per_s=989e12, bytes_per_s=4.8e12), 'NVIDIA H100 80GB HBM3': dict(flop_per_s=989e12, bytes_per_s=3.35e12)}
 
 # %% ../nbs/22_profile.ipynb #6f29c155
 def profile_run(
@@ -298,6 +303,7 @@ def _line(r):
     if 'error' in r: return f"{r['name']}: {r['error']}"
     return f"{r['name']:>32}: {1e3*r['wall_s']:7.2f} ms a step, busy {1e3*r['busy_s']:7.2f}, {r['starts']:.0f} kernels"
 
+# %% ../nbs/22_profile.ipynb #7da96301
 @call_parse
 def main(
     out:str='nbs/results/bench', # Folder for the record, profile.json
