@@ -36,7 +36,7 @@ NAMES = {
         'void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, 512, true, 1>', 'void cudnn::bn_bw_1C11_kernel_new<float, float, float2, 512, true, 1>', 'void at::native::indexing_backward_kernel<c10::BFloat16, 4>', 'void at::native::indexSelectLargeIndex<float>',
         'void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel<float, 4>', 'at::native::nll_loss_forward_reduce_cuda_kernel_2d<float>', '_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_13BinaryFunctorIfff',
         'aten::native_layer_norm_backward', 'aten::gelu', 'aten::add_', 'aten::sum', 'aten::clamp_min', 'aten::scatter_add_'],
-    'side task': ['_pairs_forward', '_cells_round', '_pairs_backward', '_pairs_look_up', '_pairs_to_cells', 'vt_drloc::pair_losses_backward'],
+    'side task': ['_pairs_forward', '_cells_round', '_pairs_backward', '_cells_forward', '_cells_backward', '_pairs_look_up', '_pairs_to_cells', 'vt_drloc::pair_losses_backward'],
     'optimizer': ['void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float, 4, ADAM_MODE::1, false>>',
         'void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::TensorListMetadata<1>, at::native::(anonymous namespace)::LpNormFunctor<float, NormType::L2>>',
         'void at::native::lpnorm_cleanup<float, (at::native::NormType)1, float, float>', 'aten::_fused_adamw_', 'aten::_foreach_norm', 'Optimizer.step#AdamW.step'],

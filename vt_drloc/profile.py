@@ -30,7 +30,7 @@ from .bench import Case, Steps, Worker, await_ready, case_circumstances, prepare
 GROUPS = ('matrix products','attention','convolution','pointwise',
           'side task','optimizer','copies','other')
 _rules = [(g, re.compile(''.join(r), re.I)) for g,*r in (
-    ('side task', r'_pairs_|_cells_round|vt_drloc::pair_losses'),
+    ('side task', r'_pairs_|_cells_|vt_drloc::pair_losses'),
     ('pointwise', r'^triton_(poi|per|red|for)_'),
     ('attention', r'_window_(for|back)ward|vt_drloc::window|flash|fmha|sdpa|dot_do_o|convert_dq|',
                   r'flex_attention|scaled_dot_product'),
