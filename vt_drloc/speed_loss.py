@@ -103,8 +103,8 @@ def _share(part, c, db1, dwu, dwv, su, sv, H: tl.constexpr):
 
 # %% ../nbs/21_speed_loss.ipynb #5d120005
 @jit
-def _pairs_backward(pre, b1, w2, sign, derror, dpre, parts, R, H: tl.constexpr, BH: tl.constexpr,
-                    BM: tl.constexpr, STEPS: tl.constexpr):
+def _pairs_backward(pre, b1, w2, sign, derror, dpre, parts, R,
+                    H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr):
     "Gradients of BH hidden units of some rows, and their share of those of biases and second layer"
     k,c = tl.program_id(0).to(tl.int64),tl.program_id(1)*BH + tl.arange(0, BH)
     wu,wv,bias = tl.load(w2 + c)[None,:],tl.load(w2 + H + c)[None,:],tl.load(b1 + c)[None,:]
@@ -143,8 +143,8 @@ def _write(dpre, first, second, b, n, start, N, prefix, H: tl.constexpr, BH: tl.
 
 # %% ../nbs/21_speed_loss.ipynb #6c8c739c
 @jit
-def _cells_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix, H: tl.constexpr, BH: tl.constexpr,
-                    BM: tl.constexpr, NB: tl.constexpr, LOW: tl.constexpr):
+def _cells_backward(pre, b1, w2, pairs, sign, derror, dpre, parts, M, N, prefix,
+                    H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, NB: tl.constexpr, LOW: tl.constexpr):
     "Gradients of BH hidden units of an image's cells, and its share of those of biases and second layer"
     b,c,n = tl.program_id(0).to(tl.int64),tl.program_id(1)*BH + tl.arange(0, BH),tl.arange(0, NB)
     wu,wv = tl.load(w2 + c),tl.load(w2 + H + c)
@@ -238,7 +238,7 @@ def _sizes(hidden, most):
     "How many of the hidden units at a time: the largest power of 2 in their number, at most `most`"
     return dict(H=hidden, BH=min(most, hidden & -hidden))
 
-_steps = dict(BM=32, STEPS=8)                               # rows of a program on the way back
+_steps = dict(BM=32, STEPS=8) # rows of a program on the way back
 def _shares(first, B, m): return B if first else _pieces(B*m, _steps['BM']*_steps['STEPS'])
 
 # %% ../nbs/21_speed_loss.ipynb #9a27c0e6
