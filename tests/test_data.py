@@ -252,6 +252,47 @@ def test_middle_crop_is_the_papers():
     got = D.CropMiddle((224,224))(im, split_idx=1)
     assert got.size==(224,224) and np.abs(np.asarray(got).astype(int)-np.asarray(want)).mean()<1
 
+# ---- photos of phones
+
+def phone(root, orient, size=(90,60), suffix='png'):
+    "A folder whose images a phone took, held as `orient` says; the same images whatever it is"
+    turns = {1:None, 6:Image.Transpose.ROTATE_90, 3:Image.Transpose.ROTATE_180, 8:Image.Transpose.ROTATE_270, 7:Image.Transpose.TRANSVERSE}
+    for f in sorted(folder(root, size=size, n=(2,2)).rglob('*.png')):
+        im,exif = Image.open(f),Image.Exif()
+        exif[0x112] = orient; f.unlink()
+        (im.transpose(turns[orient]) if turns[orient] is not None else im).save(f.with_suffix('.'+suffix), exif=exif, **(dict(lossless=True) if suffix=='webp' else {}))
+    return root
+
+@pytest.mark.parametrize('orient,suffix', [(6,'png'), (3,'png'), (8,'webp'), (7,'tiff'), (6,'tiff')])
+@pytest.mark.parametrize('in_memory', [True,False])
+def test_photos_of_phones_are_trained_and_judged_upright(tmp_path, in_memory, orient, suffix):
+    kw = dict(bs=4, size=48, in_memory=in_memory, num_workers=0, device=cpu)
+    def made(name, *args, **kwargs): phone(tmp_path/name, *args, **kwargs); set_seed(0); o = get_dls(tmp_path/name, **kw); return o,o.train.one_batch()[0]
+    (a,x),(b,y) = made('a', 1),made('b', orient, suffix=suffix)
+    assert torch.equal(x, y) and torch.equal(*(o.valid.one_batch()[0] for o in (a,b)))
+    f,g = tmp_path/'a/valid/ant/0.png',tmp_path/f'b/valid/ant/0.{suffix}'
+    want = a.test_dl([f], num_workers=0).one_batch()[0]
+    for one in (g, str(g), g.read_bytes(), Image.open(g)): assert torch.equal(b.test_dl([one], num_workers=0).one_batch()[0], want), type(one)
+
+def test_what_a_photo_says_of_its_orientation_is_heard_once(tmp_path):
+    from PIL import ImageOps
+    want = np.asarray(D.load_rgb(phone(tmp_path/'a', 1)/'train/ant/0.png'))
+    im = D.load_rgb(phone(tmp_path/'b', 6)/'train/ant/0.png')
+    assert np.array_equal(np.asarray(im), want) and np.array_equal(np.asarray(ImageOps.exif_transpose(im)), want)
+    opened = Image.open(tmp_path/'b/train/ant/0.png'); D._open_rgb(opened)
+    assert opened.getexif()[0x112]==6                                                             # the caller's own image keeps its note
+
+@pytest.mark.parametrize('exif', [b'Exif\0\0nonsense', b'', b'Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0'])
+def test_a_damaged_or_unknown_orientation_says_nothing(tmp_path, exif):
+    Image.fromarray(np.arange(36, dtype=np.uint8).reshape(3,4,3)).save(tmp_path/'a.png', exif=exif)
+    assert np.array_equal(np.asarray(D.load_rgb(tmp_path/'a.png')).ravel(), np.arange(36))
+
+@pytest.mark.parametrize('mode', ['L','RGBA','P'])
+@pytest.mark.parametrize('in_memory', [True,False])
+def test_an_opened_image_of_any_mode(tmp_path, in_memory, mode):
+    dls = get_dls(folder(tmp_path/'bugs', size=(90,60), n=(2,2)), bs=4, size=48, in_memory=in_memory, num_workers=0, device=cpu)
+    assert dls.test_dl([Image.open(tmp_path/'bugs/valid/ant/0.png').convert(mode)], num_workers=0).one_batch()[0].shape==(1,3,48,48)
+
 def test_decoded_once(tmp_path, monkeypatch):
     root,calls,real = folder(tmp_path/'bugs'),[],D.load_rgb
     monkeypatch.setattr(D, 'load_rgb', lambda f: (calls.append(f),real(f))[1])

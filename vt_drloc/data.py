@@ -402,10 +402,21 @@ def open_data(
     return train,test,folder.name,str(folder)
 
 # %% ../nbs/08_data.ipynb #83e0f349
+_turns = dict(enumerate((Image.Transpose[o] for o in 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE '
+                         'ROTATE_270 TRANSVERSE ROTATE_90'.split()), 2))
+
+def _upright(im):
+    "Turned as its EXIF orientation (2 to 8) says, which is then forgotten; a damaged one says nothing"
+    try: turn = _turns.get(im.getexif().get(0x112))
+    except Exception: turn = None
+    if turn is not None: im = im.transpose(turn)
+    im.info = {}
+    return im
+
 def load_rgb(file)->Image.Image:
-    "Read one image as RGB, or say which file is unreadable."
+    "Read one image as RGB, upright, or say which file is unreadable."
     try:
-        with Image.open(file) as im: return im.convert('RGB')
+        with Image.open(file) as im: return _upright(im.convert('RGB'))
     except FileNotFoundError as e:
         raise DataError(f'image {file} is missing: unpack its data set again') from e
     except Exception as e:
@@ -440,7 +451,7 @@ def decode(
 
 # %% ../nbs/08_data.ipynb #562ae15d
 def _fingerprint(files, size):
-    h = hashlib.sha256(f'2 {tuple(size)} {len(files)}'.encode())
+    h = hashlib.sha256(f'3 {tuple(size)} {len(files)}'.encode())
     for f in files:
         try: s = os.stat(f)
         except FileNotFoundError as e:
@@ -606,8 +617,11 @@ def __iter__(self:MemoryDL):
 @patch
 def new_empty(self:MemoryImages):
     "A stock fastai `Datasets` that takes image files, arrays or tensors: for inference and export."
+    from operator import methodcaller
+    from PIL.ImageOps import exif_transpose
     kinds = (Path,str,Tensor,np.ndarray,bytes,Image.Image)
-    x = TfmdLists([], [PILImage.create], types=[kinds,PILImage])
+    upright = [exif_transpose, PILImage.create]  # once for an opened image, once for a file after it is read
+    x = TfmdLists([], [*upright, methodcaller('convert', 'RGB'), *upright], types=[kinds,PILImage])
     y = TfmdLists([], [Categorize(vocab=self.vocab, sort=False)], types=[str,TensorCategory])
     return Datasets(tls=[x,y], n_inp=1)
 
@@ -687,8 +701,10 @@ class CropMiddle(Transform):
         return x.crop((left, top, left+W, top+H))
 
 # %% ../nbs/08_data.ipynb #a496961c
-def _open_rgb(o:Path|str|Image.Image|np.ndarray|Tensor)->PILImage:
-    return PILImage(load_rgb(o)) if isinstance(o, (str,Path)) else PILImage.create(o)
+def _open_rgb(o:Path|str|bytes|Image.Image|np.ndarray|Tensor)->PILImage:
+    if isinstance(o, Image.Image): return PILImage(_upright(o.convert('RGB')))
+    if isinstance(o, bytes): o = io.BytesIO(o)
+    return PILImage(load_rgb(o)) if isinstance(o, (str,Path,io.BytesIO)) else PILImage.create(o)
 
 def _file_dls(train, valid, bs, size, batch_tfms, device, num_workers):
     from fastai.vision.augment import RandomResizedCrop
