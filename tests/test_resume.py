@@ -570,6 +570,6 @@ def test_two_gpus(tmp_path):
         launcher = ['-m','torch.distributed.run','--standalone',f'--nproc_per_node={n}']
         res = subprocess.run([sys.executable, *launcher, *cmd, '--out', str(tmp_path/str(n)), '--save-every', '4'], capture_output=True, text=True)
         assert res.returncode==0, res.stderr[-3000:]
-    one,two = (json.loads((tmp_path/n/'digits-vit_mini-none-s0.json').read_text()) for n in '12')
+    one,two = (json.loads((tmp_path/n/'digits-vit_mini-none-aug_none-nomix-s0.json').read_text()) for n in '12')
     assert (one['processes'],two['processes'])==(1,2)
     for a,b in zip(one['epochs'], two['epochs']): assert abs(a['train_loss']-b['train_loss']) < .01*a['train_loss']

@@ -361,11 +361,19 @@ def test_names_of_runs():
     "Today's names stay, and what the question depends on is told"
     assert run_name(Recipe()) == 'cifar10-cvt_mini-none-s0' and run_name(Recipe(drloc='paper', seed=3)) == 'cifar10-cvt_mini-paper-s3'
     assert run_name(Recipe(model='swin_mini', drloc='paper', lambda_drloc=.5)) == 'cifar10-swin_mini-paper-s0'      # the paper's own weight
-    differ = dict(lambda_drloc=.05, m=16, pool='2x2', tfms='paper', control='permuted', schedule='cos', share=.1, heldout=5000, laid_out=300, variant='ce', seed=1)
+    differ = dict(lambda_drloc=.05, m=16, pool='2x2', tfms='paper', control='permuted', schedule='cos', share=.1, heldout=5000, laid_out=300, variant='ce', seed=1, mix=False, size=64)
     names = {run_name(Recipe(drloc='paper', **{k: v})) for k,v in differ.items()} | {run_name(Recipe(drloc='paper')), run_name(Recipe(drloc='paper', share=.1, share_seed=1))}
-    assert len(names) == len(differ)+2
+    names |= {run_name(Recipe(drloc='paper', tfms=t)) for t in ('none','strong','paper_exact')}
+    assert len(names) == len(differ)+5
+    assert run_name(Recipe(size=32)) == run_name(Recipe()) and run_name(Recipe(tfms='none', mix=False, size=64)) == 'cifar10-cvt_mini-none-aug_none-nomix-size64-s0'
     assert run_name(Recipe(name='mine')) == 'mine'
     with pytest.raises(ValueError, match='not a path'): Recipe(name='a/b').check()
+
+def test_a_name_that_takes_anothers_file(tmp_path):
+    "The weights of x.mlp would be the MLP's weights of x"
+    with pytest.raises(ValueError, match="name='x.mlp'.*a run called 'x' keeps its localization MLP.*another name"): train(replace(small, name='x.mlp'), out=tmp_path, bar=False, device='cpu')
+    assert not list(tmp_path.iterdir())
+    Recipe(name='x.mlp2').check(); Recipe(name='mlp').check()
 
 def test_committed_records_keep_their_names():
     "The recipe in each committed record, with the defaults of today for what it does not say, has the name of its file"
@@ -398,7 +406,7 @@ def test_share_is_stratified_and_its_own():
 def test_share_in_the_record(tmp_path):
     r = Recipe(**{**vars(small), 'bs':64, 'share':.1, 'epochs':1})
     train(r, out=tmp_path, bar=False, device='cpu')
-    rec = json.loads((tmp_path/'digits-demo_cvt-none-share0.1-s0.json').read_text())
+    rec = json.loads((tmp_path/f'{run_name(r)}.json').read_text())
     assert rec['data']['n_train'] == 144 and rec['recipe']['share'] == .1 and rec['data']['held'] == 'device'
 
 def test_permuted_targets_keep_the_draws_and_lose_the_sense():
@@ -452,7 +460,7 @@ def test_position_leaves_no_trace(tmp_path):
         return learn.model.state_dict(),torch.rand(3),learn.drloc.generator.get_state(),[dl.rng.random() for dl in learn.dls]
     (w1,t1,g1,r1),(w2,t2,g2,r2) = run(),run(out=tmp_path, probe=2)
     assert all(torch.equal(w1[k], w2[k]) for k in w1) and torch.equal(t1, t2) and torch.equal(g1, g2) and r1==r2
-    rec = json.loads((tmp_path/'digits-demo_cvt-paper-share0.2-s0.json').read_text())
+    rec = json.loads((tmp_path/f"{run_name(Recipe(**{**vars(small), 'drloc':'paper'}))}.json").read_text())
     assert rec['position'].keys() == {'side_task','probe','images','seconds'} and rec['position']['images'] == 180
     assert rec['epochs'][-1]['train_s'] <= rec['epochs'][-1]['wall_s'] <= rec['wall_s'] < rec['epochs'][-1]['wall_s']+.5
 

@@ -161,6 +161,7 @@ def _checked(r):
     _in_limits(r)
     _fits(r)
     if Path(r.name).name != r.name: raise ValueError(f"name={r.name!r}: a name for files, not a path; the folder is `out`")
+    if r.name.endswith('.mlp'): raise ValueError(f"name={r.name!r}: with .mlp at the end its weights would go to the file that a run called {r.name[:-4]!r} keeps its localization MLP in; choose another name")
     if r.pretrained not in ('','imagenet') and not Path(r.pretrained).is_file():
         raise ValueError(f"pretrained={r.pretrained!r}: there is no such file; give a checkpoint, or 'imagenet' for public weights")
 
@@ -614,8 +615,8 @@ def _own(r):
     "Settings that the name of a run tells, where they are not the default"
     info = MODELS.get(r.model)
     lam = '' if r.lambda_drloc in (None, info and info.lambda_drloc) or r.drloc=='none' else f'lambda{r.lambda_drloc:g}'
-    aug = f'aug_{r.tfms}' if r.tfms in ('strong','paper','paper_exact') else ''
-    some = [(r.schedule, r.schedule), (f'm{r.m}', r.m!=64), (f'pool{r.pool}', r.pool!='auto'), (f'share{r.share:g}', r.share<1), (f'images{r.share_seed}', r.share<1 and r.share_seed),
+    aug = f'aug_{r.tfms}' if r.tfms!=Recipe.tfms else ''
+    some = [('nomix', not r.mix), (f'size{r.size}', r.size not in (None, info and info.size)), (r.schedule, r.schedule), (f'm{r.m}', r.m!=64), (f'pool{r.pool}', r.pool!='auto'), (f'share{r.share:g}', r.share<1), (f'images{r.share_seed}', r.share<1 and r.share_seed),
             (f'heldout{r.heldout}', r.heldout), (f'laid{r.laid_out}', r.laid_out not in (None, r.epochs))]
     return [o for o in (r.control, lam, aug, *(name for name,differs in some if differs)) if o]
 
