@@ -319,6 +319,23 @@ def test_eval_asks_for_the_checkpoint_alone():
     assert not parse(['w.safetensors']).photos and list(parse(['w.safetensors','a.jpg','b.jpg']).photos)==['a.jpg','b.jpg']
     assert 'score it' in subprocess.run([*run, '--help'], capture_output=True, text=True).stdout
 
+@pytest.mark.parametrize('program,given,said', [('vt_drloc_train', ['--lambda','.5','--drloc','paper'], 'no option --lambda; did you mean --lambda-drloc?'),
+                                                ('-m', ['--no-gr','--warmup=3'], 'no option --no-gr; did you mean --no-graphs?')])
+def test_options_are_not_shortened(tmp_path, program, given, said):
+    "A typo must not mean another option"
+    run = [Path(sys.executable).parent/program] if program!='-m' else [sys.executable,'-m','vt_drloc.train']
+    res = subprocess.run([*run, '--data','cifra10','--out',str(tmp_path/'runs'), *given], capture_output=True, text=True)
+    assert res.returncode and said in res.stderr and not (tmp_path/'runs').exists() and 'cifra10' not in res.stderr
+
+def test_whole_options_pass(tmp_path):
+    "Also with =, with a short name that is whole (--lr), and a value that looks like one"
+    res = subprocess.run([Path(sys.executable).parent/'vt_drloc_train', '--data=cifra10','--lr','0.001','--no-graphs','--warmup=3','--wd=0'], capture_output=True, text=True)
+    assert "did you mean 'cifar10'" in res.stderr
+
+def test_the_demos_options_are_not_shortened(tmp_path):
+    res = subprocess.run([Path(sys.executable).parent/'vt_drloc_demo', '--digit','1','--out',str(tmp_path/'runs')], capture_output=True, text=True)
+    assert res.returncode and 'no option --digit; did you mean --digit-epochs?' in res.stderr and not (tmp_path/'runs').exists()
+
 def test_help():
     out = subprocess.run([Path(sys.executable).parent/'vt_drloc_train', '--help'], capture_output=True, text=True).stdout
     for s in ('--data','--model','--drloc','--epochs','--seed','pairs of patches'): assert s in out

@@ -9,8 +9,8 @@ __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'Deca
            'precision_on', 'TensorCores', 'GradientNorms', 'circumstances', 'augmentation', 'RunRecord', 'KeepWeights',
            'side_task_error', 'controls', 'some_images', 'grids', 'task_error', 'fit_probe', 'position_report',
            'Position', 'run_name', 'PermutedTargets', 'DetachedFeatures', 'CrossEntropy', 'build', 'train', 'Settings',
-           'settings', 'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report',
-           'demo_main']
+           'settings', 'whole_options', 'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure',
+           'demo_report', 'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
 import contextlib, json, math, os, platform, sys, time
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 from safetensors.torch import save_file
-from fastcore.script import call_parse
+from fastcore.script import anno_parser, call_parse, is_cli
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
@@ -854,6 +854,17 @@ def settings(
     with learn.no_logging(): learn.fit(1, recipe.lr, cbs=[cb,_Stop()])
     return cb.rows
 
+# %% ../nbs/10_train.ipynb #1e90ad7b
+def whole_options(
+    program # a function made by `call_parse`, from within
+):
+    "On the command line, refuse options that are only the beginning of one"
+    if not is_cli(program): return
+    known = [o for a in anno_parser(program.__wrapped__)._actions for o in a.option_strings]
+    for o in (a.partition('=')[0] for a in sys.argv[1:]):
+        if not o.startswith('--') or o in known: continue
+        sys.exit(f"{Path(sys.argv[0]).name}: there is no option {o}; did you mean {' or '.join(k for k in known if k.startswith(o))}? Options are not shortened")
+
 # %% ../nbs/10_train.ipynb #1e90ad7c
 @call_parse
 @delegates(Recipe, but='mix')
@@ -871,6 +882,7 @@ def main(
     **kwargs
 ):
     "Train a visual transformer on a small data set, with or without dense relative localization"
+    whole_options(main)
     recipe = Recipe(**kwargs, mix=not no_mix)
     try:
         _need_a_task(recipe)
@@ -989,6 +1001,7 @@ def demo_main(
     no_bar:bool=False, # without progress bars
 ):
     "See the side task at work on a CPU, in two to four minutes"
+    whole_options(demo_main)
     start,bar,errors = time.perf_counter(),not no_bar,{}
     print('1. Is the task learnable? A small hybrid guesses how far apart two patches of a photo crop are.\n'
           '   Trained on one part of two photographs, judged on another.')
