@@ -357,13 +357,16 @@ def test_minutes_count_runs_that_are_not_asked_about():
     assert gpu_minutes(recs[:2], recs[1:]) == pytest.approx([80/60/4]*2)                  # they belong to it, named or not
     assert runs_table(recs[:2], recs).gpu_min.tolist() == pytest.approx([1/3]*2)
 
-@pytest.mark.parametrize('change,times', [(dict(), True), (dict(start=49), True), (dict(start=51), False), (dict(beside=4), False), (dict(device='other'), False), (dict(start=500, alone=True), True), (dict(start=500, alone=True, device='other'), False)])
+@pytest.mark.parametrize('change,times', [(dict(), True), (dict(start=49), True), (dict(start=51), False), (dict(beside=4), False), (dict(device='other'), False), (dict(start=500, alone=True), True), (dict(start=500, alone=True, device='other'), False),
+                                          (dict(compile=False), False), (dict(fast=False), False), (dict(torch='1'), False), (dict(processes=2), False)])
 def test_which_times_compare(change, times):
     "Accuracies pair by seed whenever they were run; seconds and minutes do not"
     recs = three()
     for r in recs[1::2]:
         r['started'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(1e9+change.get('start', 0)))
         r['runs_on_device'],r['hardware']['device'] = change.get('beside', 9),change.get('device', 'GPU')
+        r['recipe'].update({k: change[k] for k in ('compile','fast') if k in change})
+        r['versions'],r['processes'] = dict(torch=change.get('torch', '2')),change.get('processes', 1)
     for r in recs if 'alone' in change else []: r['runs_on_device'] = 1
     runs = runs_table(recs)
     gain,cost,faster = (f.to_dict('records') for f in (gains_table(runs), cost_table(runs), faster_table(reach_table(runs))))
@@ -418,6 +421,22 @@ def test_position_beside_accuracy():
     assert t.loc[('side task','with L_drloc')]['images'] == pytest.approx(.9) and t.loc[('side task','with L_drloc')]['seeds'] == 2
     assert t.loc[('probe','without')]['images'] == pytest.approx(1.1) and ('side task','without') not in t.index
     assert (t.guessing==1.5).all() and (t['scrambled pixels']==2).all() and (t['constant image']==1).all()
+
+@pytest.mark.parametrize('other', [dict(bs=1024), dict(tfms='light'), dict(laid_out=12), dict(mix=False), dict(size=64)])
+def test_positions_of_two_settings_are_two_rows(other):
+    pos = lambda v: dict(probe=dict(error={'images':[v,v]}, guessing=[1.5,1.5]))
+    recs = [rec(0, position=pos(.5)), rec(1, position=pos(.7)), rec(0, position=pos(1.), **other)]
+    if 'size' in other: recs[2]['data']['size'] = [64,64]
+    t = position_table(recs)
+    assert t.images.tolist() == pytest.approx([.6,1.]) and t.seeds.tolist() == [2,1] and next(iter(other)) in t and 'wd' not in t
+    assert not {'bs','wd','size'} & {*position_table(recs[:2])}
+
+def test_a_grid_does_not_hide_a_second_setting(tmp_path):
+    plan,line = tmp_path/'plan.txt','vt_drloc_train --data digits --model cvt_mini --drloc none --epochs 2'
+    plan.write_text('\n'.join([line, f'{line} --bs 64 --name small', f'{line} --seed 1']))
+    s = plan_status(plan, [])
+    with pytest.raises(ValueError, match='digits-cvt_mini-none-s0 and small are runs of one network, share, arm and seed'): plan_grid(s)
+    assert plan_grid(s[s.name!='small'])[['seed 0','seed 1']].values.tolist() == [['not run yet']*2]
 
 def test_plan_against_records():
     "Complete, cut short and missing runs, each by name"

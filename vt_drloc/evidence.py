@@ -409,9 +409,9 @@ def times_compare(
     a:dict, # run record
     b:dict # another
 )->bool:
-    "Did each have a GPU of the same kind to itself, or share it with as many others, for half of their time or more the same?"
+    "Did each compute in the same way and have a GPU of the same kind to itself, or share it with as many others, for half of their time or more the same?"
     (s,t),(u,v) = _span(a),_span(b)
-    alike = lambda r: (r['hardware']['device'], r.get('runs_on_device', 1))
+    alike = lambda r: (r['hardware']['device'], r.get('runs_on_device', 1), r.get('processes', 1), r['versions']['torch'], *(r['recipe'].get(k) for k in _speed_alone))
     return alike(a)==alike(b) and (_alone(a) and _alone(b) or min(t, v)-max(s, u) >= min(t-s, v-u)/2)
 
 # %% ../nbs/23_evidence.ipynb #5e1d0007
@@ -536,18 +536,19 @@ def common(
 # %% ../nbs/23_evidence.ipynb #f4af364b
 def position_table(
     recs # run records
-)->pd.DataFrame: # one row for each data set, network, arm and measure
-    "Errors in cells on images and on two controls, beside the level of guessing"
+)->pd.DataFrame: # one row for each setting, arm and measure
+    "Errors in cells on images and on two controls, beside the level of guessing; of a setting what differs is told"
     rows = []
     for r in recs:
         for what in ('side_task','probe'):
             p = r.get('position', {}).get(what)
-            if p: rows.append(dict(data=r['data']['name'], model=r['recipe']['model'], share=r['recipe'].get('share', 1.), arm=arm(r['recipe']), measure=what.replace('_', ' '), seed=r['recipe']['seed'],
+            if p: rows.append(dict(_setting(r), arm=arm(r['recipe']), measure=what.replace('_', ' '), seed=r['recipe']['seed'],
                                    **{k: np.mean(v) for k,v in p['error'].items()}, guessing=np.mean(p['guessing'])))
-    keys = ['data','model','share','measure','arm']
-    if not rows: return pd.DataFrame(columns=[*keys, 'seeds', 'images', 'scrambled pixels', 'constant image', 'guessing'])
-    g = pd.DataFrame(rows).groupby(keys, sort=False)
-    return g.mean(numeric_only=True).drop(columns='seed').assign(seeds=g.size()).reset_index()
+    keys,always,numbers = [*SETTING,'measure','arm'],['data','model','share'],['seeds','images','scrambled pixels','constant image','guessing']
+    if not rows: return pd.DataFrame(columns=[*always,'measure','arm',*numbers])
+    g = pd.DataFrame(rows).groupby(keys, sort=False, dropna=False)
+    t = g.mean(numeric_only=True).drop(columns='seed').assign(seeds=g.size()).reset_index()
+    return t.drop(columns=[k for k in SETTING if k not in always and t[k].nunique(dropna=False)==1])
 
 # %% ../nbs/23_evidence.ipynb #acae77a1
 def _belongs(rec, recipe):
@@ -582,8 +583,11 @@ def plan_status(
 def plan_grid(
     status:pd.DataFrame # from `plan_status`
 )->pd.DataFrame: # a row for each network and arm, a column a seed
-    "The state of a plan at a glance"
-    return status.pivot_table('state', ['data','model','share','arm'], 'seed', aggfunc='first', sort=False).rename(columns=lambda s: f'seed {s}').reset_index().rename_axis(columns=None)
+    "The state of a plan at a glance; one setting at a time"
+    place = ['data','model','share','arm','seed']
+    if len(two := status[status.duplicated(place, keep=False)]):
+        raise ValueError(f"{' and '.join(two.name)} are runs of one network, share, arm and seed, so they differ in what this table does not show: pass the rows of one setting")
+    return status.pivot_table('state', place[:-1], 'seed', aggfunc='first', sort=False).rename(columns=lambda s: f'seed {s}').reset_index().rename_axis(columns=None)
 
 # %% ../nbs/23_evidence.ipynb #0c03c7be
 PAPER = {('swin','cifar10'): (59.47, 83.89), ('swin','cifar100'): (53.28, 66.23), ('t2t','cifar10'): (84.19, 87.56),   # Table 3: without, with
