@@ -17,8 +17,8 @@ from vt_drloc.resume import Checkpoints, ResumeError, _row_sums, checkpoints, fi
 from vt_drloc.train import Fp16, FusedAdamW, Recipe, build, precision_on, run_name, train
 
 STEPS = 5                                                                  # of an epoch: 80 images in batches of 16
-name = 'noise-demo_cvt-paper-s0'
 common = dict(model='demo_cvt', drloc='paper', epochs=2, bs=16, size=16, lr=.01, warmup=0, drop_path=.1)   # augmented, mixed, dropped: all that is random
+name = run_name(Recipe('noise', **common))
 
 def noise(folder):
     "A folder of 80 + 24 images of two classes"
