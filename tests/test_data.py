@@ -681,3 +681,39 @@ def test_mixing_one_class():
     cb = MixupCutmix(); cb.learn = learn = Learner(dls, net(1), loss_func=F.cross_entropy)
     learn.xb,learn.yb = (lambda b: (b[:1],b[1:]))(dls.one_batch()); cb.before_fit(); cb.before_batch()
     assert F.cross_entropy(torch.randn(32, 1), learn.yb[0]).item()==0
+
+# ---- what would be lost, or fail elsewhere
+
+@pytest.mark.parametrize('data,kw,said', [(5, {}, 'data=5: give the name of a set'), (None, {}, 'data=None'), ('', {}, "data=''"), ('digits', dict(expect=5), 'expect=5: give two numbers'), ('digits', dict(expect=(1,2,3)), 'expect='),
+                                          ('digits', dict(seed=-1), 'seed=-1: give a whole number'),
+                                          ('digits', dict(seed=1.5, heldout=9), 'seed=1.5'), ('bugs', dict(num_workers=-1), 'num_workers=-1: give a whole number'), ('bugs', dict(num_workers='a'), "num_workers='a'"), ('digits', dict(in_memory='no'), "in_memory='no': give True or False")])
+def test_arguments_that_cannot_be_meant(tmp_path, data, kw, said):
+    if data=='bugs': data = folder(tmp_path/'bugs')
+    with pytest.raises(DataError, match=said): get_dls(data, **{**dict(bs=4, size=32, device=cpu), **kw})
+
+def test_a_folder_has_a_name_from_inside_too(tmp_path, monkeypatch):
+    root = folder(tmp_path/'bugs'); monkeypatch.chdir(root)
+    assert get_dls('.', bs=4, size=32, device=cpu).info.name=='bugs' and get_dls('train/..', bs=4, size=32, device=cpu).info.name=='bugs'
+
+def test_a_folder_called_as_a_named_set(tmp_path, monkeypatch):
+    folder(tmp_path/'digits'); monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="'digits' is the named set; the folder here is ./digits"): assert get_dls('digits', bs=4, device=cpu).info.n_train==1437
+    assert get_dls('./digits', bs=4, size=32, device=cpu).info.n_train==12
+
+def test_images_of_another_kind_are_missed_aloud(tmp_path):
+    root = folder(tmp_path/'bugs')
+    for f in ('ant/a.HEIC','ant/b.jfif','notes.txt'): (root/'train'/f).write_text('x')
+    (root/'train'/'cicada').mkdir(); (root/'train'/'.hidden').mkdir()
+    with pytest.warns(UserWarning) as said: assert get_dls(root, bs=4, size=32, device=cpu).info.n_train==12
+    said = [str(o.message) for o in said]
+    assert any('2 images under' in o and 'a.HEIC' in o and '.jpg' in o for o in said) and any("without images, such as 'cicada'" in o for o in said)
+
+@pytest.mark.parametrize('a', [np.arange(12, dtype=np.uint16).reshape(3,4)*5000, np.arange(12, dtype=np.float32).reshape(3,4)/12], ids=['16 bits','floats'])
+def test_more_bits_than_eight_are_not_cut(tmp_path, a):
+    "PIL would make them white, or black"
+    Image.fromarray(a).save(tmp_path/'a.tiff')
+    with pytest.raises(DataError, match='a.tiff .*more than 8 bits a pixel.*save it with 8 bits'): D.load_rgb(tmp_path/'a.tiff')
+
+@pytest.mark.parametrize('x,n', [(torch.zeros(3,3,8,8, dtype=torch.uint8), 2), (torch.zeros(2,3,8,8), 2)])
+def test_images_and_labels_belong_together(x, n):
+    with pytest.raises(DataError, match=f'{len(x)} images of .* with {n} labels.*uint8'): MemoryImages(x, torch.zeros(n).long(), ['a'])

@@ -129,25 +129,33 @@ def read_photos(spec, path=None, **kwargs)->tuple:
 
 # %% ../nbs/08_data.ipynb #f26fca85
 _exts = {'.png','.jpg','.jpeg','.webp','.bmp','.gif','.tif','.tiff','.ppm'}
+_others = {'.heic','.heif','.avif','.jfif','.jp2','.tga','.pgm','.dng','.cr2','.nef'} # images that would be missed
+
+def _class_folders(root): return {o.name for o in os.scandir(root) if o.is_dir() and not o.name.startswith('.')}
 
 def class_files(
     folder:Path,    # a folder of class folders
     leaf:bool=False # the class is the innermost folder instead of the outermost
 )->tuple: # files, class names, both sorted by path
     "Every image file under `folder`, and the class of each."
-    root,files,names = str(folder),[],[]
+    root,files,names,missed = str(folder),[],[],[]
     for d,dirs,fs in os.walk(root, followlinks=True):
         dirs[:] = sorted(o for o in dirs if not o.startswith('.'))
         parts = Path(os.path.relpath(d, root)).parts
+        missed += [os.path.join(d,f) for f in fs if os.path.splitext(f)[1].lower() in _others]
         fs = [f for f in sorted(fs) if os.path.splitext(f)[1].lower() in _exts and not f.startswith('.')]
         if fs and not parts:
             raise DataError(f'{folder} has no class folders around its images (such as {fs[0]}): '
                             'put each image in a folder named after its class')
         files += [os.path.join(d,f) for f in fs]
         if parts: names += [parts[-1 if leaf else 0]]*len(fs)
+    if missed: warnings.warn(f'{len(missed)} images under {folder} are left out, such as {missed[0]}: '
+                             f'save them as one of {", ".join(sorted(_exts))}')
     if not files:
         raise DataError(f'{folder} has no class folders with images in it: '
                         f'expected {folder}/<class>/<image>')
+    if not leaf and (empty := _class_folders(root)-set(names)):
+        warnings.warn(f'{folder} has class folders without images, such as {min(empty)!r}: they are no classes')
     return files,names
 
 # %% ../nbs/08_data.ipynb #e2b64c68
@@ -379,6 +387,15 @@ def _named(spec, path, expect, kwargs):
     return train,test,spec.name,str(where)
 
 # %% ../nbs/08_data.ipynb #57ba0c88
+def _check_open(data, expect):
+    "Refuse what `open_data` cannot mean; say what a name stands for"
+    if not isinstance(data, (str,Path)) or not str(data):
+        raise DataError(f'data={data!r}: give the name of a set, one of {", ".join(SPECS)}, or a folder')
+    if expect is not None and not (is_listy(expect) and len(expect)==2 and all(isinstance(o, Integral) for o in expect)):
+        raise DataError(f'expect={expect!r}: give two numbers of images, (n_train, n_test)')
+    if isinstance(data, str) and data in SPECS and (Path(data)/'train').is_dir():
+        warnings.warn(f'{data!r} is the named set; the folder here is ./{data}')
+
 def open_data(
     data,        # a name of `list_data()`, or a folder with `train` and `valid`
     path=None,   # where a named set lies, if not in `data_home()`
@@ -386,8 +403,9 @@ def open_data(
     **kwargs     # for the reader, such as `seed` for the crops of `photos`, `leaf` for a folder
 )->tuple: # train, test, name, where from
     "Find a data set, list its images, check its counts."
+    _check_open(data, expect)
     if isinstance(data, str) and data in SPECS: return _named(SPECS[data], path, expect, kwargs)
-    folder = Path(data).expanduser()
+    folder = Path(os.path.abspath(Path(data).expanduser()))
     if not folder.is_dir():
         near = difflib.get_close_matches(str(data), SPECS, n=1)
         hint = f' Did you mean {near[0]!r}?' if near else ''
@@ -413,10 +431,16 @@ def _upright(im):
     im.info = {}
     return im
 
+def _eight_bits(im):
+    if im.mode.startswith('I') or im.mode=='F':
+        raise ValueError(f'mode {im.mode}: more than 8 bits a pixel, which would be cut to white or black; '
+                         'save it with 8 bits')
+    return im
+
 def load_rgb(file)->Image.Image:
     "Read one image as RGB, upright, or say which file is unreadable."
     try:
-        with Image.open(file) as im: return _upright(im.convert('RGB'))
+        with Image.open(file) as im: return _upright(_eight_bits(im).convert('RGB'))
     except FileNotFoundError as e:
         raise DataError(f'image {file} is missing: unpack its data set again') from e
     except Exception as e:
@@ -527,6 +551,9 @@ class MemoryImages:
         size:tuple=None,# (H, W) that the model sees, if it differs
         held:str='device'# where x lies: `device`, or `host` or `mapped`, from where batches are sent
     ):
+        if x.dtype!=torch.uint8 or len(x)!=len(y):
+            raise DataError(f'{len(x)} images of {x.dtype} with {len(y)} labels: give as many of both, the images as '
+                            'uint8 in 0..255 (floats are made, divided by 255, batch by batch)')
         if len(y) and not 0<=int(y.min())<=int(y.max())<len(vocab):
             raise DataError(f'labels {int(y.min())}..{int(y.max())} outside the {len(vocab)} classes: '
                             'mend the labels or give the full `vocab`')
@@ -702,7 +729,7 @@ class CropMiddle(Transform):
 
 # %% ../nbs/08_data.ipynb #a496961c
 def _open_rgb(o:Path|str|bytes|Image.Image|np.ndarray|Tensor)->PILImage:
-    if isinstance(o, Image.Image): return PILImage(_upright(o.convert('RGB')))
+    if isinstance(o, Image.Image): return PILImage(_upright(_eight_bits(o).convert('RGB')))
     if isinstance(o, bytes): o = io.BytesIO(o)
     return PILImage(load_rgb(o)) if isinstance(o, (str,Path,io.BytesIO)) else PILImage.create(o)
 
@@ -727,7 +754,7 @@ def _file_dls(train, valid, bs, size, batch_tfms, device, num_workers):
 # %% ../nbs/08_data.ipynb #7174d9ba
 def _whole(v, least): return isinstance(v, Integral) and not isinstance(v, bool) and v>=least
 
-def _check_args(bs, size, batch_tfms, heldout, held):
+def _check_args(bs, size, batch_tfms, heldout, held, seed, num_workers, in_memory):
     "Refuse what `get_dls` cannot mean, before any image is read"
     if not _whole(bs, 1): raise DataError(f'bs={bs!r}: give a whole number >= 1, the images in a batch')
     sides = size if is_listy(size) else (size,size)
@@ -743,6 +770,11 @@ def _check_args(bs, size, batch_tfms, heldout, held):
             raise DataError(f'batch_tfms={batch_tfms!r}: {t!r} is no transform' + hint)
     if held not in (None,'device','host','mapped'):
         raise DataError(f"held={held!r}: choose 'device', 'host' or 'mapped', or None for what `place` says")
+    if not (_whole(seed, 0) and seed<2**32): raise DataError(f'seed={seed!r}: give a whole number from 0 to {2**32-1}')
+    if num_workers is not None and not _whole(num_workers, 0):
+        raise DataError(f'num_workers={num_workers!r}: give a whole number, 0 for none, or None for the usual one')
+    if in_memory not in (None,True,False):
+        raise DataError(f'in_memory={in_memory!r}: give True or False, or None to let the size decide')
 
 # %% ../nbs/08_data.ipynb #7174d9b1
 def _all_in_memory(train, name, in_memory, native, size):
@@ -783,7 +815,7 @@ def get_dls(
     **kwargs         # for the reader of the set
 )->DataLoaders: # batches: TensorImage (B, 3, H, W), normalised by ImageNet's statistics; TensorCategory (B,)
     "Images by name or folder, as fastai `DataLoaders`."
-    _check_args(bs, size, batch_tfms, heldout, held)
+    _check_args(bs, size, batch_tfms, heldout, held, seed, num_workers, in_memory)
     train,valid,name,source = open_data(data, path, expect, **kwargs)
     native = SPECS[name].size if data in list_data() else None
     size = tuple(int(o) for o in (size if is_listy(size) else (size or native or 224,)*2))
