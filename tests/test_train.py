@@ -340,6 +340,40 @@ def test_help():
     out = subprocess.run([Path(sys.executable).parent/'vt_drloc_train', '--help'], capture_output=True, text=True).stdout
     for s in ('--data','--model','--drloc','--epochs','--seed','pairs of patches'): assert s in out
 
+@pytest.mark.parametrize('kw,said', [(dict(name=5), 'name=5: give a text'), (dict(name=None), 'name=None'), (dict(data=None), 'data=None: give a text'), (dict(data=5), 'data=5'), (dict(model=None), 'model=None'), (dict(drloc=None), 'drloc=None'),
+    (dict(pretrained=None), 'pretrained=None'), (dict(tfms=['light']), "tfms=.'light'.: give a text"), (dict(lambda_drloc='a', drloc='paper'), "lambda_drloc='a': give a number"), (dict(seed=2**70), 'seed=.*from 0'), (dict(seed=-1), 'seed=-1'),
+    (dict(share_seed=-1, share=.5), 'share_seed=-1'), (dict(name='..'), "name='..'"), (dict(schedule='cosine', drloc='paper'), "unknown schedule 'cosine'.* Right ones: constant,"), (dict(control='x', drloc='paper'), "unknown control 'x'[.;]")])
+def test_settings_that_cannot_be_meant(tmp_path, kw, said):
+    with pytest.raises(ValueError, match='^'+said): train(replace(small, **kw), out=tmp_path/'runs', bar=False, device='cpu')
+    assert not (tmp_path/'runs').exists()
+
+@pytest.mark.parametrize('kw,said', [(dict(probe=-5), 'probe=-5: give'), (dict(probe=1.5), 'probe=1.5'), (dict(beside=0), 'beside=0'), (dict(minutes=0), 'minutes=0: must be above 0'), (dict(minutes='a'), "minutes='a'")])
+def test_arguments_of_a_run_that_cannot_be_meant(tmp_path, kw, said):
+    "At once, and not after hours of training"
+    with pytest.raises(ValueError, match='^'+said): train(small, out=tmp_path/'runs', bar=False, device='cpu', **kw)
+    assert not (tmp_path/'runs').exists()
+
+def test_a_folder_of_images_in_any_form(tmp_path, monkeypatch):
+    "As a Path, from home, from inside; the run is called after it"
+    from PIL import Image
+    for f in ('train/a/0','train/b/1','valid/a/2','valid/b/3'):
+        (p := tmp_path/'zoo'/f'{f}.png').parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (16,16), (0,60*int(f[-1]),0)).save(p)
+    monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.chdir(tmp_path/'zoo')
+    for data in (tmp_path/'zoo', '~/zoo', '.'):
+        r = replace(small, data=data, bs=2, share=1., epochs=1)
+        assert run_name(r) == run_name(replace(r, data='zoo')) and build(r, bar=False, device='cpu').dls.info.name == 'zoo'
+    train(replace(r, data=tmp_path/'zoo'), out=tmp_path/'runs', bar=False, device='cpu')
+    assert json.loads(next((tmp_path/'runs').glob('zoo-*.json')).read_text())['recipe']['data'] == str(tmp_path/'zoo')
+
+def test_the_program_needs_a_folder_to_write_to(tmp_path, monkeypatch):
+    "It would have trained to the end, and written nothing"
+    with pytest.raises(SystemExit, match="out='': give a folder"): main(**{k: v for k,v in vars(small).items() if k!='mix'}, no_mix=True, out='', device='cpu', no_bar=True)
+
+def test_records_of_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match='nothere.*no such folder'): read_records(tmp_path/'nothere')
+    assert read_records(tmp_path)==[]
+
 # --- the side task's error
 
 def test_controls_and_error():

@@ -88,6 +88,8 @@ class Recipe:
     fast:bool = True              # faster parts on a GPU: window attention in one kernel, drop path that computes only what it keeps; on unless --no-fast is given
     name:str = ''                 # of the run's files; left open: made from the settings
 
+    def __post_init__(self): self.data,self.pretrained = (str(o) if isinstance(o, Path) else o for o in (self.data, self.pretrained))
+
 # %% ../nbs/10_train.ipynb #27f2d763
 DRLOC = ['none', *PRESETS]
 CONTROLS = ['','permuted','detached']
@@ -99,7 +101,7 @@ def _known(what, name, names):
     names = list(names)
     if name in names: return
     near = get_close_matches(str(name), names, 1)
-    raise ValueError(f"unknown {what} {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Right ones: {', '.join(names)}")
+    raise ValueError(f"unknown {what} {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} Right ones: {', '.join(n for n in names if n)}")
 
 # %% ../nbs/10_train.ipynb #4c1d0a31
 _limits = [(('epochs','bs','lr','eps'), lambda v: v > 0, 'must be above 0'),
@@ -109,19 +111,20 @@ _limits = [(('epochs','bs','lr','eps'), lambda v: v > 0, 'must be above 0'),
            (('drop_path',), lambda v: 0 <= v < 1, 'must be from 0 (none) to below 1'),
            (('lambda_drloc',), lambda v: v >= 0, "the weight of the side task must be 0 or above; the paper's is 0.1, for Swin 0.5"),
            (('size',), lambda v: v >= 1, 'an image side is at least one pixel'),
+           (('seed','share_seed'), lambda v: 0 <= v < 2**32, f'a seed is a whole number from 0 to {2**32-1}'),
            (('share',), lambda v: 0 < v <= 1, 'a share of the training images is above 0 and at most 1; 0.1 is a tenth')]
 
-_kinds = {int: (Integral,'a whole number'), float: (Real,'a number'), bool: (bool,'True or False')}
+_kinds = {int: (Integral,'a whole number'), float: (Real,'a number'), bool: (bool,'True or False'), str: (str,'a text')}
 
 def _of_their_kind(r):
-    "Refuse what is not of a field's type: whole numbers, numbers, yes or no"
+    "Refuse what is not of a field's type: whole numbers, numbers, yes or no, texts"
     for f in fields(r):
         v = getattr(r, f.name)
         if f.type not in _kinds or v is None and f.default is None: continue
         kind,what = _kinds[f.type]
         if isinstance(v, kind) and isinstance(v, bool)==(f.type is bool): continue
         if f.name=='size' and is_listy(v): what = 'one side in pixels, such as 32; oblong images are for get_dls and create_model, which take (height, width)'
-        else: what += ', or leave it out' if f.default is None else f', such as {f.default}' if f.type is not bool else ''
+        else: what += ', or leave it out' if f.default in (None,'') else f', such as {f.default}' if f.type is not bool else ''
         raise ValueError(f'{f.name}={v!r}: give {what}')
 
 def _in_limits(r):
@@ -157,10 +160,10 @@ def _checked(r):
                             ('precision',r.precision,PRECISIONS),('schedule',r.schedule,['',*SCHEDULES])):
         _known(what, name, names)
     get_tfms(r.tfms) # refuses what it does not know and names the rest
-    if not Path(r.data).is_dir(): _known('data set', r.data, list_data())
+    if not (r.data and Path(r.data).expanduser().is_dir()): _known('data set', r.data, list_data())
     _in_limits(r)
     _fits(r)
-    if Path(r.name).name != r.name: raise ValueError(f"name={r.name!r}: a name for files, not a path; the folder is `out`")
+    if Path(r.name).name != r.name or r.name=='..': raise ValueError(f"name={r.name!r}: a name for files, not a path; the folder is `out`")
     if r.name.endswith('.mlp'): raise ValueError(f"name={r.name!r}: with .mlp at the end its weights would go to the file that a run called {r.name[:-4]!r} keeps its localization MLP in; choose another name")
     if r.pretrained not in ('','imagenet') and not Path(r.pretrained).is_file():
         raise ValueError(f"pretrained={r.pretrained!r}: there is no such file; give a checkpoint, or 'imagenet' for public weights")
@@ -624,7 +627,7 @@ def run_name(r:Recipe)->str:
     "Name of a run's files"
     if r.name: return r.name
     form = r.drloc + (f'-{r.variant}' if r.variant!='drloc' else '') + ('-tuned' if r.pretrained else '')
-    return '-'.join([Path(r.data).name, r.model, form, *_own(r), f's{r.seed}'])
+    return '-'.join([os.path.basename(os.path.abspath(os.path.expanduser(r.data))), r.model, form, *_own(r), f's{r.seed}'])
 
 # %% ../nbs/10_train.ipynb #b1a50015
 class PermutedTargets(DrlocFamily):
@@ -732,6 +735,12 @@ def _step_graph(device):
     return []
 
 # %% ../nbs/10_train.ipynb #46ddde78
+def _check_args(probe, beside, minutes):
+    "Refuse what arguments of a run cannot mean, before hours of training"
+    for k,v,least in ('probe',probe,0),('beside',beside,1):
+        if v is not None and not (isinstance(v, Integral) and v >= least): raise ValueError(f"{k}={v!r}: give a whole number from {least}")
+    if minutes is not None and not (isinstance(minutes, Real) and minutes > 0): raise ValueError(f"minutes={minutes!r}: must be above 0, or left out")
+
 def build(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
@@ -745,6 +754,7 @@ def build(
     **data_kw # further arguments of `get_dls`
 )->Learner:
     "A `Learner` that runs a recipe"
+    _check_args(probe, beside, minutes)
     r,device = recipe.check(),torch.device(device or default_device())
     if not out and (save_every or minutes or resume): raise ValueError("save_every, minutes and resume write to or read from a folder: give `out`")
     if r.warmup > (r.laid_out or r.epochs): warn(f"the warm-up takes {r.warmup:g} epochs and the schedule has {r.laid_out or r.epochs}: the learning rate never reaches its peak; set warmup (--warmup), a fifth of the epochs for instance")
@@ -822,6 +832,7 @@ def train(
     **kwargs # further arguments of `build`
 )->Learner:
     "Run a recipe from start to end, or from its newest checkpoint"
+    recipe.check()
     with processes(device) as device:
         if out: _guard(Path(out)/f'{run_name(recipe)}.json', recipe)
         learn = build(recipe, out=out, device=device, resume=resume, **kwargs)
@@ -885,6 +896,7 @@ def main(
     whole_options(main)
     recipe = Recipe(**kwargs, mix=not no_mix)
     try:
+        if not out: raise ValueError(f"out={out!r}: give a folder for the record and the weights")
         _need_a_task(recipe)
         learn = train(recipe, out=out, bar=not no_bar, device=device, beside=beside, probe=probe, path=path, save_every=save_every, minutes=minutes, resume=resume)
     except (ValueError, RuntimeError, OSError) as e: sys.exit(f'vt_drloc_train: {e}')
@@ -921,7 +933,8 @@ def read_records(
     folder=None # with run records; `None`: those committed with the project
 )->list: # one dict a run
     "Run records, in order of their names"
-    folder = Path(folder) if folder else Path(vt_drloc.__file__).parents[1]/'nbs'/'results'/'runs'
+    given,folder = folder,Path(folder) if folder else Path(vt_drloc.__file__).parents[1]/'nbs'/'results'/'runs'
+    if not folder.is_dir() and given: raise ValueError(f"{folder}: no such folder of run records")
     return [_record(f) for f in sorted(folder.glob('*.json'))]
 
 def _arm(recipe):
