@@ -567,3 +567,8 @@ def test_a_table_for_a_page():
     assert t['95 %'].iloc[0] == f'{lo:.2f}\xa0to\xa0{hi:.2f}' and t.gain.iloc[0] == 1.
     one = gains_table(runs_table(three(gain=(1.,))))
     assert tidy(one, 'data')['95 %'].tolist() == [''] and 'bs' in tidy(one, 'bs').index.names and not set(SETTING) & {*tidy(one, 'bs').columns}
+
+def test_the_runners_options_are_not_shortened(tmp_path):
+    import subprocess,sys
+    res = subprocess.run([sys.executable, '-m', 'vt_drloc.evidence', '--min', '5', '--out', str(tmp_path/'runs')], capture_output=True, text=True)
+    assert res.returncode and 'no option --min; did you mean --minutes?' in res.stderr and not (tmp_path/'runs').exists()

@@ -24,7 +24,7 @@ from fastcore.script import anno_parser, call_parse
 from .models import replacing
 from .bench import mean_interval
 from .compare import visible_gpus
-from .train import Recipe, _arm, _need_a_task, _speed_alone, _task_alone, main as train_main, read_records, run_name
+from .train import Recipe, _arm, _need_a_task, _speed_alone, _task_alone, main as train_main, read_records, run_name, whole_options
 
 # %% ../nbs/23_evidence.ipynb #e29682b1
 if __name__=='__main__' and getattr(__spec__, 'name', '')=='vt_drloc.evidence': # python -m vt_drloc.evidence
@@ -312,6 +312,7 @@ def main(
     weights:str=None # network whose weights of seed 0 go into it too
 ):
     "Make the runs of a plan, several side by side on each GPU"
+    whole_options(main)
     if not plan: sys.exit("vt_drloc.evidence: give a plan, such as --plan nbs/results/plans/32px_cifar10.txt")
     was = signal.signal(signal.SIGTERM, lambda *_: sys.exit('vt_drloc.evidence: stopped, and its runs with it'))
     try: runs = Runner(read_plan(plan), out, gpus, beside, minutes, path, pack, weights).run()
