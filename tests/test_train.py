@@ -332,6 +332,13 @@ def test_whole_options_pass(tmp_path):
     res = subprocess.run([Path(sys.executable).parent/'vt_drloc_train', '--data=cifra10','--lr','0.001','--no-graphs','--warmup=3','--wd=0'], capture_output=True, text=True)
     assert "did you mean 'cifar10'" in res.stderr
 
+@pytest.mark.parametrize('program,given,said', [('vt_drloc_eval', ['x.safetensors','--held','5'], '--held; did you mean --heldout'), ('vt_drloc.bench', ['--sect=speed'], '--sect; did you mean --section'),
+                                                ('vt_drloc.compare', ['--quic'], '--quic; did you mean --quick'), ('vt_drloc.profile', ['--dev','cpu'], '--dev; did you mean --device')])
+def test_no_program_takes_shortened_options(tmp_path, program, given, said):
+    run = [sys.executable,'-m',program] if '.' in program else [Path(sys.executable).parent/program]
+    res = subprocess.run([*run, *given], cwd=tmp_path, capture_output=True, text=True)
+    assert res.returncode and f'no option {said}' in res.stderr and not list(tmp_path.iterdir())
+
 def test_the_demos_options_are_not_shortened(tmp_path):
     res = subprocess.run([Path(sys.executable).parent/'vt_drloc_demo', '--digit','1','--out',str(tmp_path/'runs')], capture_output=True, text=True)
     assert res.returncode and 'no option --digit; did you mean --digit-epochs?' in res.stderr and not (tmp_path/'runs').exists()

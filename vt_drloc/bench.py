@@ -1170,6 +1170,8 @@ def main(
 ):
     "Run one section of the benchmark and write its record"
     if worker: return _work(worker, device)
+    from vt_drloc.train import whole_options
+    whole_options(main)
     if section not in SECTIONS: sys.exit(f"vt_drloc.bench: unknown section {section!r}; there are: {', '.join(SECTIONS)}")
     if device=='cuda' and not torch.cuda.is_available(): sys.exit("vt_drloc.bench: no GPU; the sections are made for an H200 (--device cpu tries the program out)")
     try:

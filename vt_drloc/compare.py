@@ -505,6 +505,8 @@ def main(
     quick:bool=False, # Tiny batches and one step a block: a try-out, not a measurement
 ):
     "Measure throughput and peak memory of every network"
+    from vt_drloc.train import whole_options
+    whole_options(main)
     if torch.device(device).type=='cuda':
         if not torch.cuda.is_available(): raise SystemExit("no GPU: use --device cpu --quick")
         torch.backends.cudnn.benchmark = True

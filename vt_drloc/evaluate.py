@@ -179,6 +179,8 @@ def eval_main(
     device:str=None, # cuda or cpu (default: a GPU if there is one)
 ):
     "Score a checkpoint again, or let it name photos"
+    from vt_drloc.train import whole_options
+    whole_options(eval_main)
     try:
         if photos:
             head,model = read_header(file),load_model(file)

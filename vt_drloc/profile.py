@@ -314,6 +314,8 @@ def main(
 ):
     "Profile training steps and write the record"
     if worker: return _serve(Case(**json.loads(worker)), device)
+    from vt_drloc.train import whole_options
+    whole_options(main)
     if device not in ('cuda','cpu'): sys.exit(f"vt_drloc.profile: --device {device!r}: give 'cuda' or 'cpu'")
     if min(batch, steps)<1: sys.exit(f"vt_drloc.profile: --batch {batch} --steps {steps}: both must be at least 1")
     if device=='cuda' and not torch.cuda.is_available(): sys.exit('vt_drloc.profile: no GPU (--device cpu tries the program out)')
