@@ -27,7 +27,7 @@ from .models import MODELS, Entry, create_model, list_models, model_info
 from .loss import DrlocLoss
 from .pairs import sample_pairs
 from .hybrid import as_backbone
-from .compare import bench_circumstances, peak_memory, visible_gpus, write_json
+from .compare import bench_circumstances, peak_memory, visible_gpus, whole_options, write_json
 
 # %% ../nbs/22_bench.ipynb #3c1c4209
 @dataclass
@@ -1170,7 +1170,6 @@ def main(
 ):
     "Run one section of the benchmark and write its record"
     if worker: return _work(worker, device)
-    from vt_drloc.train import whole_options
     whole_options(main)
     if section not in SECTIONS: sys.exit(f"vt_drloc.bench: unknown section {section!r}; there are: {', '.join(SECTIONS)}")
     if device=='cuda' and not torch.cuda.is_available(): sys.exit("vt_drloc.bench: no GPU; the sections are made for an H200 (--device cpu tries the program out)")

@@ -7,10 +7,10 @@ Docs: https://SET_ME.github.io/vt_drloc/compare.html.md"""
 # %% auto #0
 __all__ = ['PUBLISHED', 'RIVALS', 'multiply_adds', 'activations', 'costs', 'final_grid', 'reach', 'Contender', 'contenders',
            'Bench', 'peak_memory', 'measure', 'check_gradients', 'cases', 'git_revision', 'device_name', 'visible_gpus',
-           'bench_circumstances', 'Record', 'write_json', 'read_record', 'main']
+           'bench_circumstances', 'Record', 'write_json', 'read_record', 'whole_options', 'main']
 
 # %% ../nbs/18_compare.ipynb #f440a1d3
-import gc, json, os, platform, subprocess, time, traceback
+import gc, json, os, platform, subprocess, sys, time, traceback
 from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from fastcore.basics import patch
-from fastcore.script import call_parse
+from fastcore.script import anno_parser, call_parse, is_cli
 from .hybrid import as_backbone, unwrap
 from .models import create_model, in_evaluation, list_models, model_info, replacing
 
@@ -493,6 +493,17 @@ def _alive(device):
     try: return torch.ones(1, device=device).item()==1
     except Exception: return False
 
+# %% ../nbs/18_compare.ipynb #1e90ad7b
+def whole_options(
+    program # a function made by `call_parse`, from within
+):
+    "On the command line, refuse options that are only the beginning of one"
+    if not is_cli(program): return
+    known = [o for a in anno_parser(program.__wrapped__)._actions for o in a.option_strings]
+    for o in (a.partition('=')[0] for a in sys.argv[1:]):
+        if not o.startswith('--') or o in known: continue
+        sys.exit(f"{Path(sys.argv[0]).name}: there is no option {o}; did you mean {' or '.join(k for k in known if k.startswith(o))}? Options are not shortened")
+
 # %% ../nbs/18_compare.ipynb #4aee53bb
 @call_parse
 def main(
@@ -505,7 +516,6 @@ def main(
     quick:bool=False, # Tiny batches and one step a block: a try-out, not a measurement
 ):
     "Measure throughput and peak memory of every network"
-    from vt_drloc.train import whole_options
     whole_options(main)
     if torch.device(device).type=='cuda':
         if not torch.cuda.is_available(): raise SystemExit("no GPU: use --device cpu --quick")

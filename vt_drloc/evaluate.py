@@ -17,6 +17,7 @@ from fastcore.script import call_parse
 from fastai.data.core import DataLoaders
 from fastai.vision.core import PILImage, imagenet_stats
 from .data import DataError, get_dls, load_rgb, open_data, CropMiddle
+from .compare import whole_options
 from .models import in_evaluation, load_model, model_info, read_header
 
 # %% ../nbs/17_evaluate.ipynb #6310712b
@@ -179,7 +180,6 @@ def eval_main(
     device:str=None, # cuda or cpu (default: a GPU if there is one)
 ):
     "Score a checkpoint again, or let it name photos"
-    from vt_drloc.train import whole_options
     whole_options(eval_main)
     try:
         if photos:

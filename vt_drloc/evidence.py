@@ -23,8 +23,8 @@ from fastcore.basics import patch, store_attr
 from fastcore.script import anno_parser, call_parse
 from .models import replacing
 from .bench import mean_interval
-from .compare import visible_gpus
-from .train import Recipe, _arm, _need_a_task, _speed_alone, _task_alone, main as train_main, read_records, run_name, whole_options
+from .compare import visible_gpus, whole_options
+from .train import Recipe, _arm, _need_a_task, _speed_alone, _task_alone, main as train_main, read_records, run_name
 
 # %% ../nbs/23_evidence.ipynb #e29682b1
 if __name__=='__main__' and getattr(__spec__, 'name', '')=='vt_drloc.evidence': # python -m vt_drloc.evidence

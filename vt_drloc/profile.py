@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from fastcore.script import call_parse
 from .pairs import gather_pairs
 from .hybrid import as_backbone
-from .compare import write_json
+from .compare import whole_options, write_json
 import vt_drloc.speed # registers the operations that have formulas below
 from .bench import Case, Steps, Worker, await_ready, case_circumstances, prepare
 
@@ -314,7 +314,6 @@ def main(
 ):
     "Profile training steps and write the record"
     if worker: return _serve(Case(**json.loads(worker)), device)
-    from vt_drloc.train import whole_options
     whole_options(main)
     if device not in ('cuda','cpu'): sys.exit(f"vt_drloc.profile: --device {device!r}: give 'cuda' or 'cpu'")
     if min(batch, steps)<1: sys.exit(f"vt_drloc.profile: --batch {batch} --steps {steps}: both must be at least 1")

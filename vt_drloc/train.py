@@ -9,8 +9,8 @@ __all__ = ['DRLOC', 'CONTROLS', 'POOLS', 'PRECISIONS', 'Recipe', 'decays', 'Deca
            'precision_on', 'TensorCores', 'GradientNorms', 'circumstances', 'augmentation', 'RunRecord', 'KeepWeights',
            'side_task_error', 'controls', 'some_images', 'grids', 'task_error', 'fit_probe', 'position_report',
            'Position', 'run_name', 'PermutedTargets', 'DetachedFeatures', 'CrossEntropy', 'build', 'train', 'Settings',
-           'settings', 'whole_options', 'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure',
-           'demo_report', 'demo_main']
+           'settings', 'main', 'guessing_game', 'read_records', 'accuracy_curves', 'demo_figure', 'demo_report',
+           'demo_main']
 
 # %% ../nbs/10_train.ipynb #f7ab15d6
 import contextlib, json, math, os, platform, sys, time
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 from safetensors.torch import save_file
-from fastcore.script import anno_parser, call_parse, is_cli
+from fastcore.script import call_parse
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
@@ -37,7 +37,7 @@ from .data import MemoryDL, MemoryImages, get_dls, list_data, stratified
 from .augment import get_tfms, AsOne, MixupCutmix
 from .models import MODELS, create_model, demo_cvt, in_evaluation, list_models, model_info, replacing, save_model
 from .variants import PRESETS, SCHEDULES, VARIANTS, DrlocFamily, OffsetMLP, best_constant, drloc_callback, lambda_schedule
-from .compare import device_name, git_revision
+from .compare import device_name, git_revision, whole_options
 from .gpus import SeveralProcesses, own_seed, processes, rank0_before_others, share, world
 from .resume import Checkpoints, ResumeError, checkpoints, fingerprint, generators, go_on, progress, set_generators, set_progress, _in_run
 from .step_graph import StepGraph
@@ -864,17 +864,6 @@ def settings(
         def after_batch(self): raise CancelFitException()
     with learn.no_logging(): learn.fit(1, recipe.lr, cbs=[cb,_Stop()])
     return cb.rows
-
-# %% ../nbs/10_train.ipynb #1e90ad7b
-def whole_options(
-    program # a function made by `call_parse`, from within
-):
-    "On the command line, refuse options that are only the beginning of one"
-    if not is_cli(program): return
-    known = [o for a in anno_parser(program.__wrapped__)._actions for o in a.option_strings]
-    for o in (a.partition('=')[0] for a in sys.argv[1:]):
-        if not o.startswith('--') or o in known: continue
-        sys.exit(f"{Path(sys.argv[0]).name}: there is no option {o}; did you mean {' or '.join(k for k in known if k.startswith(o))}? Options are not shortened")
 
 # %% ../nbs/10_train.ipynb #1e90ad7c
 @call_parse
