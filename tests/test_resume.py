@@ -230,6 +230,12 @@ def test_resume_does_not_begin_over_what_lies_there(kind, lies, tmp_path, recipe
     with pytest.raises(ResumeError, match='is the folder right'): resume(tmp_path, recipe)
     assert file.read_bytes()==was
 
+def test_a_run_goes_on_under_another_name(stopped, recipe, runs):
+    "As one must whose default name has changed since"
+    for f in list(stopped.iterdir()): f.rename(f.with_name(f.name.replace(name, 'old', 1)))
+    resume(stopped, Recipe(**{**vars(recipe), 'name':'old'}))
+    assert same(load_file(stopped/'old.safetensors'), outcome(runs[0]/'alone')[0]) and json.loads((stopped/'old.json').read_text())['status']=='complete'
+
 def test_a_run_whose_name_goes_on_after_a_dot_is_another(tmp_path, recipe, capsys):
     "The run `exp` begins beside what lies there of `exp.2`, refuses nothing for it and leaves it"
     def named(n): return Recipe(**{**vars(recipe), 'name':n, 'epochs':1, 'drloc':'none'})

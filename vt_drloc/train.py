@@ -685,7 +685,7 @@ def _conditions(r, dls, device):
     info = {k: dls.info[k] for k in ('name','n_train','n_valid','in_memory')}
     numerics = dict(device=device.type, processes=world(), matmul=torch.get_float32_matmul_precision(), deterministic=torch.are_deterministic_algorithms_enabled())
     if device.type=='cpu': numerics['OMP_NUM_THREADS'] = torch.get_num_threads()
-    return dict(recipe=dict(asdict(r), precision=precision_on(r.precision, device)), data=dict(info, size=list(dls.info.size), fingerprint=fingerprint(dls)),
+    return dict(recipe=dict(asdict(r), precision=precision_on(r.precision, device), name=''), data=dict(info, size=list(dls.info.size), fingerprint=fingerprint(dls)),
                 versions=circumstances(device)['versions'], numerics=numerics)
 
 # %% ../nbs/10_train.ipynb #7e89a78e
