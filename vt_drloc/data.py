@@ -420,14 +420,12 @@ def open_data(
     return train,test,folder.name,str(folder)
 
 # %% ../nbs/08_data.ipynb #83e0f349
-_turns = dict(enumerate((Image.Transpose[o] for o in 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE '
-                         'ROTATE_270 TRANSVERSE ROTATE_90'.split()), 2))
+from PIL.ImageOps import exif_transpose
 
 def _upright(im):
-    "Turned as its EXIF orientation (2 to 8) says, which is then forgotten; a damaged one says nothing"
-    try: turn = _turns.get(im.getexif().get(0x112))
-    except Exception: turn = None
-    if turn is not None: im = im.transpose(turn)
+    "As RGB, turned as its EXIF note says, which is then gone; a damaged note says nothing"
+    with suppress(Exception): im = exif_transpose(im)
+    im = im.convert('RGB')
     im.info = {}
     return im
 
@@ -440,7 +438,7 @@ def _eight_bits(im):
 def load_rgb(file)->Image.Image:
     "Read one image as RGB, upright, or say which file is unreadable."
     try:
-        with Image.open(file) as im: return _upright(_eight_bits(im).convert('RGB'))
+        with Image.open(file) as im: return _upright(_eight_bits(im))
     except FileNotFoundError as e:
         raise DataError(f'image {file} is missing: unpack its data set again') from e
     except Exception as e:
@@ -645,7 +643,6 @@ def __iter__(self:MemoryDL):
 def new_empty(self:MemoryImages):
     "A stock fastai `Datasets` that takes image files, arrays or tensors: for inference and export."
     from operator import methodcaller
-    from PIL.ImageOps import exif_transpose
     kinds = (Path,str,Tensor,np.ndarray,bytes,Image.Image)
     upright = [exif_transpose, PILImage.create]  # once for an opened image, once for a file after it is read
     x = TfmdLists([], [*upright, methodcaller('convert', 'RGB'), *upright], types=[kinds,PILImage])
@@ -729,7 +726,7 @@ class CropMiddle(Transform):
 
 # %% ../nbs/08_data.ipynb #a496961c
 def _open_rgb(o:Path|str|bytes|Image.Image|np.ndarray|Tensor)->PILImage:
-    if isinstance(o, Image.Image): return PILImage(_upright(_eight_bits(o).convert('RGB')))
+    if isinstance(o, Image.Image): return PILImage(_upright(_eight_bits(o)))
     if isinstance(o, bytes): o = io.BytesIO(o)
     return PILImage(load_rgb(o)) if isinstance(o, (str,Path,io.BytesIO)) else PILImage.create(o)
 

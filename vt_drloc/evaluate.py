@@ -15,8 +15,8 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from fastcore.script import call_parse
 from fastai.data.core import DataLoaders
-from fastai.vision.core import PILImage, imagenet_stats
-from .data import DataError, get_dls, load_rgb, open_data, CropMiddle
+from fastai.vision.core import imagenet_stats
+from .data import DataError, get_dls, open_data, CropMiddle, _fit, _open_rgb
 from .compare import whole_options
 from .models import in_evaluation, load_model, model_info, read_header
 
@@ -123,11 +123,8 @@ def prepare(
     size:int|tuple, # side, or (H, W), in pixels
 )->torch.Tensor: # (1, 3, H, W), normalised
     "A photo as the test images are prepared"
-    from PIL import ImageOps, Image
-    size = _hw(size)
-    im = ImageOps.exif_transpose(load_rgb(photo) if isinstance(photo, (str,Path)) else photo).convert('RGB')
-    if max(size)<=64: im = ImageOps.fit(im, size[::-1], Image.Resampling.BICUBIC)
-    else: im = CropMiddle(size).encodes(PILImage(im))
+    size,im = _hw(size),_open_rgb(photo)
+    im = _fit(im, size) if max(size)<=64 else CropMiddle(size).encodes(im)
     x = torch.from_numpy(np.array(im)).permute(2,0,1)[None]/255
     mean,std = (torch.tensor(o).view(1,3,1,1) for o in imagenet_stats)
     return (x-mean)/std

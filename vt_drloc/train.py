@@ -47,9 +47,15 @@ if __name__=='__main__' and getattr(__spec__, 'name', '')=='vt_drloc.train': # p
     from vt_drloc.train import main
     sys.exit(main())
 
+# %% ../nbs/10_train.ipynb #5d120010
+class _Places:
+    "Settings that may be a `Path` are kept as texts"
+    def __post_init__(self):
+        self.data,self.pretrained = (str(o) if isinstance(o, Path) else o for o in (self.data, self.pretrained))
+
 # %% ../nbs/10_train.ipynb #0e8e976a
 @dataclass
-class Recipe:
+class Recipe(_Places):
     "All settings of a run; optimizer, schedule and mixing are by default the paper's"
     data:str = 'cifar10'          # data set: a name (cifar10, cifar100, digits, ...) or a folder with train/ and valid/ class folders
     model:str = 'cvt_mini'        # network: a name of the registry (cvt_mini, swin_t, t2t_vit_14, cvt_13, vit_base_16, resnet50, ...)
@@ -87,8 +93,6 @@ class Recipe:
     step_graph:bool = False      # the whole training step as one CUDA graph, optimizer included, on one GPU; `graphs` then has nothing left to do
     fast:bool = True              # faster parts on a GPU: window attention in one kernel, drop path that computes only what it keeps; on unless --no-fast is given
     name:str = ''                 # of the run's files; left open: made from the settings
-
-    def __post_init__(self): self.data,self.pretrained = (str(o) if isinstance(o, Path) else o for o in (self.data, self.pretrained))
 
 # %% ../nbs/10_train.ipynb #27f2d763
 DRLOC = ['none', *PRESETS]
@@ -734,13 +738,26 @@ def _step_graph(device):
     if not _rank(): warn(f"step_graph: no step is recorded as a graph with {f'{world()} processes' if world()>1 else f'the network on the {device.type}'}, they run as ever")
     return []
 
-# %% ../nbs/10_train.ipynb #46ddde78
-def _check_args(probe, beside, minutes):
-    "Refuse what arguments of a run cannot mean, before hours of training"
+# %% ../nbs/10_train.ipynb #5d120012
+def _check_args(r, out, probe, beside, save_every, minutes, resume):
+    "Refuse what arguments of a run cannot mean; warn of a rate that never reaches its peak"
     for k,v,least in ('probe',probe,0),('beside',beside,1):
         if v is not None and not (isinstance(v, Integral) and v >= least): raise ValueError(f"{k}={v!r}: give a whole number from {least}")
     if minutes is not None and not (isinstance(minutes, Real) and minutes > 0): raise ValueError(f"minutes={minutes!r}: must be above 0, or left out")
+    if not out and (save_every or minutes or resume): raise ValueError("save_every, minutes and resume write to or read from a folder: give `out`")
+    long = r.check().laid_out or r.epochs
+    if r.warmup > long:
+        warn(f"the warm-up takes {r.warmup:g} epochs and the schedule has {long}: the learning rate never reaches its peak; "
+             "set warmup (--warmup), a fifth of the epochs for instance")
 
+# %% ../nbs/10_train.ipynb #5d120014
+def _compile(r, model, dls, size, device):
+    "Compile the network and the training batches' transforms"
+    model.compile(**_compile_args(r, device))
+    _same_batches(dls.valid, _judged_at_once(size, device))
+    _as_one(dls.train, device)
+
+# %% ../nbs/10_train.ipynb #46ddde78
 def build(
     recipe:Recipe, # what to run
     out=None, # folder for record, weights and checkpoints; `None`: nothing is written
@@ -754,10 +771,8 @@ def build(
     **data_kw # further arguments of `get_dls`
 )->Learner:
     "A `Learner` that runs a recipe"
-    _check_args(probe, beside, minutes)
+    _check_args(recipe, out, probe, beside, save_every, minutes, resume)
     r,device = recipe.check(),torch.device(device or default_device())
-    if not out and (save_every or minutes or resume): raise ValueError("save_every, minutes and resume write to or read from a folder: give `out`")
-    if r.warmup > (r.laid_out or r.epochs): warn(f"the warm-up takes {r.warmup:g} epochs and the schedule has {r.laid_out or r.epochs}: the learning rate never reaches its peak; set warmup (--warmup), a fifth of the epochs for instance")
     set_seed(r.seed)
     tfms = get_tfms(r.tfms, r.size, flip=r.data!='digits')
     with rank0_before_others(): dls = get_dls(r.data, bs=r.bs, size=r.size, batch_tfms=tfms, device=device, heldout=r.heldout, **data_kw)
@@ -768,10 +783,7 @@ def build(
     cbs = _callbacks(r, device, weights, bar and not _rank())
     if r.drloc!='none': cbs.append(_side_task(r, model, size, _compile_args(r, device) if r.compile else None))
     if r.step_graph: cbs += _step_graph(device)
-    if r.compile:
-        model.compile(**_compile_args(r, device))
-        _same_batches(dls.valid, _judged_at_once(size, device))
-        _as_one(dls.train, device)
+    if r.compile: _compile(r, model, dls, size, device)
     if out: cbs += _files(r, out, dls, device, beside, probe, save_every, minutes, resume)
     for dl in dls: share(dl)
     if _rank(): set_seed(own_seed(r.seed))
