@@ -293,6 +293,15 @@ def test_an_opened_image_of_any_mode(tmp_path, in_memory, mode):
     dls = get_dls(folder(tmp_path/'bugs', size=(90,60), n=(2,2)), bs=4, size=48, in_memory=in_memory, num_workers=0, device=cpu)
     assert dls.test_dl([Image.open(tmp_path/'bugs/valid/ant/0.png').convert(mode)], num_workers=0).one_batch()[0].shape==(1,3,48,48)
 
+@pytest.mark.parametrize('in_memory', [True,False])
+def test_an_image_of_16_bits_is_not_named(tmp_path, in_memory):
+    "Cut to 8 bits it would be white; training refuses it, so does who asks a network for its class"
+    dls = get_dls(folder(tmp_path/'bugs', size=(90,60), n=(2,2)), bs=4, size=48, in_memory=in_memory, num_workers=0, device=cpu)
+    deep = Image.fromarray(np.full((60,90), 40_000, dtype=np.uint16))
+    deep.save(tmp_path/'deep.png')
+    for one in (tmp_path/'deep.png', Image.open(tmp_path/'deep.png')):
+        with pytest.raises(Exception, match='more than 8 bits a pixel.*save it with 8 bits'): dls.test_dl([one], num_workers=0).one_batch()
+
 def test_decoded_once(tmp_path, monkeypatch):
     root,calls,real = folder(tmp_path/'bugs'),[],D.load_rgb
     monkeypatch.setattr(D, 'load_rgb', lambda f: (calls.append(f),real(f))[1])

@@ -658,12 +658,17 @@ def _stock_resize(ds):
     larger = tuple(round(o*8/7) for o in ds.size)
     return [Resize(larger, resamples=(Image.Resampling.BICUBIC, Image.Resampling.NEAREST)), CropPad(ds.size)]
 
+def _opened(empty):
+    "An empty set whose images are opened as those of a data set are, with the same refusals"
+    x,y = empty.tls
+    return Datasets(tls=[TfmdLists([], [_open_rgb], types=x.types), y], n_inp=1)
+
 @patch
 def new(self:MemoryDL, dataset=None, cls=None, **kwargs):
-    "The same loader over other images; files, arrays or an empty set get stock fastai."
+    "The same loader over other images; files, arrays or an empty set get stock fastai around them."
     dataset = ifnone(dataset, self.dataset)
     if isinstance(dataset, MemoryImages): return super(MemoryDL, self).new(dataset, cls, **kwargs)
-    if not isinstance(dataset, Datasets): dataset = test_set(self.dataset.new_empty(), dataset)
+    if not isinstance(dataset, Datasets): dataset = test_set(_opened(self.dataset.new_empty()), dataset)
     stock = [t for t in self.after_batch.fs if not type(t).__module__.startswith('vt_drloc')]
     tfms = dict(after_item=[*_stock_resize(self.dataset), ToTensor()],
                 after_batch=stock or [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats)])
