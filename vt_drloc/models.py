@@ -182,7 +182,7 @@ def forward_head(self:Hybrid,
     pre_logits:bool=False, # Stop before the last linear layer?
 )->torch.Tensor: # (B, num_classes), or (B, D) with `pre_logits`
     "The final grid to logits: mean over its cells, linear layer"
-    f = f.mean((2,3))
+    f = to_tokens(f).mean(1)
     return f if pre_logits else self.head(f)
 
 @patch
