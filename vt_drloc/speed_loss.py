@@ -228,7 +228,7 @@ def _look_up(cells, pairs, low):
     return rows,kept
 
 # %% ../nbs/21_speed_loss.ipynb #716c9f7b
-def _cells_first(N, m, D): return N <= min(64, m) and N*(185 + .33*D) < m*(90 + .43*D)
+def _cells_first(N, m, D): return N <= min(64, m) and m*186 + N*.32*D < m*(92 + .42*D)
 
 def _halves(w1):
     "The first layer's weights for the first cell of a pair, and below them those for the second"
