@@ -762,3 +762,12 @@ def test_each_module_gets_its_mode_back():
             assert not any(o.training for o in m.modules())
             raise OSError
     assert [o.training for o in m.modules()]==before and len(set(before))==2
+
+@pytest.mark.parametrize('name', ['cvt_mini','cvt_13_gap_mini','hybrid_s'])
+def test_the_head_hands_back_a_gradient_in_the_layout_of_tokens(name):
+    "Laid out as a grid it would go down the residual path so, and be rearranged in every block"
+    from vt_drloc.tokens import to_tokens
+    m = create_model(name, img_size=32).train()
+    f = m.forward_features(torch.randn(2, 3, 32, 32))
+    assert f.ndim==4 and to_tokens(f).is_contiguous()
+    assert to_tokens(torch.autograd.grad(m.forward_head(f).sum(), f)[0]).is_contiguous()
