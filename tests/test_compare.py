@@ -262,7 +262,7 @@ def test_program_writes_a_record(tmp_path, capsys, monkeypatch):
     assert len(rec['rows']) == 3 and c['finite'] and 0 < c['compiled_vs_float32'] < 1.5*c['eager_vs_float32'] < .1
     assert '3 rows, 1 checks, left out: 0' in capsys.readouterr().out
 
-@pytest.mark.parametrize('name,more', [('models',{'drop_path'}), ('cpu',set()), ('profile',set())])
+@pytest.mark.parametrize('name,more', [('models',{'drop_path'}), ('cpu',set()), ('profile',{'baseline'})])
 def test_circumstances_are_those_of_the_committed_records(name, more, monkeypatch):
     "Same keys in the same order, values of the same kind: a record made today stands beside those that are there"
     monkeypatch.setenv('VT_DRLOC_REVISION', 'abc')

@@ -204,14 +204,14 @@ def test_a_network_of_depthwise_convolutions_costs_three_forward_passes():
 @pytest.mark.parametrize('h,w,m', [(9,9,6), (4,4,64)])
 def test_side_task_counts_the_same_fused(h, w, m):
     "Where the kernels take pairs first; where they take cells first, as much less as there are fewer rows"
-    from vt_drloc.speed_loss import pair_losses
+    from vt_drloc.speed_loss import pair_losses, _cells_first
     where = 'cuda' if torch.cuda.is_available() else 'cpu'
     D,B,mlp = 16,2,LocalizationMLP(16, 32).to(where)
     grid,pairs = torch.randn(B, D, h, w, requires_grad=True, device=where),torch.randint(h*w, (B,m,2), device=where)
     slow = flop(lambda: mlp(gather_pairs(grid, pairs)).sum().backward())
     product = 3*2*B*(m*2*D*32)
     for first in (None,False,True) if h*w<=64 else (None,False):
-        cells = h*w<=m if first is None else first
+        cells = _cells_first(h*w, m, D) if first is None else first
         assert flop(lambda: pair_losses(mlp, grid, pairs, first=first).sum().backward())==slow-(product if cells else 0)*(1-h*w/m)
 
 @interpreted
@@ -223,7 +223,7 @@ def test_side_task_counts_the_class_token(h, w, m):
     D,B,mlp = 16,2,LocalizationMLP(16, 32).to(where)
     tokens,pairs = torch.randn(B, 2+h*w, D, requires_grad=True, device=where),torch.randint(h*w, (B,m,2), device=where)
     grid = tokens[:,2:].mT.unflatten(2, (h,w))
-    alone,behind = (flop(lambda: pair_losses(mlp, grid, pairs, t).sum().backward()) for t in (None,tokens))
+    alone,behind = (flop(lambda: pair_losses(mlp, grid, pairs, t, h*w<=m).sum().backward()) for t in (None,tokens))
     assert behind==alone+(3*2*B*2*(2*D*32) if h*w<=m else 0)
 
 # --- the chip
